@@ -1,0 +1,316 @@
+"""The tensor ops of alula: one documented function per op.
+
+Each function checks that no gradient is asked for and calls ``torch.ops.alula.<op>``, whose C++ side checks shapes,
+dtypes and devices and runs the kernel. The meaning of every op, in readable PyTorch, stands in
+:mod:`alula.testing.reference`.
+
+Alphabet: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head size, E model width,
+N output features, K input features, V vocabulary, P positions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alula import _library  # noqa: F401  (loads the op library)
+
+__all__ = [
+    "ACTIVATIONS",
+    "PackedWeight",
+    "attention",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "pack",
+    "qkv_projection",
+    "scaled_masked_softmax",
+]
+
+# Hugging Face's activation names and the code the kernels know them by (csrc/cpu/activation.h).
+# gelu_new, gelu_fast and gelu_pytorch_tanh are the same function up to rounding.
+ACTIVATIONS: dict[str, int] = {
+    "none": 0,
+    "linear": 0,
+    "gelu_pytorch_tanh": 1,
+    "gelu_new": 1,
+    "gelu_fast": 1,
+    "gelu_tanh": 1,
+    "gelu": 2,
+    "gelu_python": 2,
+    "relu": 3,
+    "silu": 4,
+    "swish": 4,
+    "tanh": 5,
+}
+
+
+class PackedWeight(NamedTuple):
+    """A weight [N, K] in the layout the kernels read: panels of 32 output rows, input features outermost.
+
+    ``data`` is opaque (its layout depends on the dtype), ``out_features`` is N, ``in_features`` is K.
+    """
+
+    data: Tensor
+    out_features: int
+    in_features: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def unpack(self) -> Tensor:
+        """The weight as it was packed, [N, K], bit for bit."""
+        return torch.ops.alula.unpack_weight(self.data, self.out_features, self.in_features)
+
+
+def _refuse_grad(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    "alula has no backward yet: an input requires grad. "
+                    "Call under torch.no_grad() or torch.inference_mode(), or detach() the input."
+                )
+
+
+def _activation_code(activation: str) -> int:
+    try:
+        return ACTIVATIONS[activation]
+    except KeyError:
+        raise ValueError(f"unknown activation {activation!r}; accepted: {', '.join(ACTIVATIONS)}") from None
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """Pack a weight [N, K] (out, in; float32, bfloat16 or float16; any strides) for :func:`linear`,
+    :func:`qkv_projection` and :func:`embedding`."""
+    _refuse_grad(weight)
+    if weight.dim() != 2:
+        raise ValueError(f"pack takes a weight of two dimensions [out, in], not shape {list(weight.shape)}")
+    return PackedWeight(torch.ops.alula.pack_weight(weight), weight.shape[0], weight.shape[1])
+
+
+def embedding(
+    input_ids: Tensor,
+    table: PackedWeight,
+    *,
+    position_ids: Tensor | None = None,
+    position_table: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+) -> Tensor:
+    """Sum of embeddings, added in float32 and rounded once.
+
+    Args:
+        input_ids: int64 [B, T], each in [0, V).
+        table: packed [V, E]; may be the same object as the packed output matrix of a tied model.
+        position_ids: int64 [B, T] or [1, T], each in [0, P); needs ``position_table`` [P, E] (not packed).
+        token_type_ids: int64 [B, T]; rows of ``table`` added on top, as GPT-2 and GPTBigCode do.
+
+    Returns: [B, T, E] in the table's dtype. Raises RuntimeError for an id out of range, naming it.
+    """
+    _refuse_grad(table.data, position_table)
+    return torch.ops.alula.embedding(
+        input_ids, table.data, table.out_features, position_ids, position_table, token_type_ids
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(layer_norm(x) @ weight.T + bias) + residual`` in one call; layer norm iff ``norm_weight`` is given.
+
+    Args:
+        x: [..., K] in the weight's dtype (float32, bfloat16, float16), any strides.
+        weight: packed [N, K].
+        bias: [N]. residual: [..., N]. norm_weight, norm_bias: [K]. All in the weight's dtype.
+        activation: a name of ``ACTIVATIONS``.
+
+    Returns: [..., N]. Everything between load and store is float32, except that the normed input is rounded to
+    bfloat16 for a bfloat16 product. The sum over K runs in the same order for any number of rows, so a row's result
+    does not depend, in any bit, on what else is in the batch.
+    """
+    _refuse_grad(x, bias, residual, norm_weight, norm_bias)
+    return torch.ops.alula.linear(
+        x,
+        weight.data,
+        weight.out_features,
+        bias,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        _activation_code(activation),
+        residual,
+    )
+
+
+def qkv_projection(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_cache: Tensor,
+    positions: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """Layer norm, QKV product, bias, split, and the write of key and value into the merged cache, in one call.
+
+    Args:
+        x: [B, T, E]. weight: packed, rows ``[q (H*D) | k (G*D) | v (G*D)]``. bias: [(H + 2*G)*D].
+        kv_cache: [B, G, S, 2*D], written in place: key in ``[..., :D]``, value in ``[..., D:]``.
+        positions: int32 [B, T]; token t of row b is written at ``kv_cache[b, :, positions[b, t]]``, a negative
+            position means padding and writes nothing.
+
+    Returns: the query, [B, T, H, D].
+    """
+    _refuse_grad(x, bias, kv_cache, norm_weight, norm_bias)
+    return torch.ops.alula.qkv_projection(
+        x,
+        weight.data,
+        bias,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        kv_cache,
+        positions,
+    )
+
+
+def attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention over the merged cache: multi-head, grouped and multi-query, prefill and decode, from one kernel.
+
+    Query t of row b sees key j iff ``j < lengths[b]`` and, when ``causal``, ``j <= positions[b, t]``.
+
+    Args:
+        q: [B, T, H, D], D a multiple of 8 up to 256. kv_cache: [B, G, S, 2*D], G divides H; query head h reads
+            key/value head ``h // (H // G)``. positions: int32 [B, T], negative = padding. lengths: int32 [B].
+        scale: multiplies the scores, default ``D ** -0.5``.
+        mask: [B or 1, H or 1, T, S'] with S' >= max(lengths); bool (True = visible) or floating point, added.
+        head_mask: float32 [H], multiplies the probabilities of each head.
+
+    Returns: [B, T, H*D]. Scores, softmax and sums are float32. A row with no visible key is zeros.
+    Algorithm: online softmax (Milakov and Gimelshein 2018) over key tiles, as in FlashAttention (Dao et al. 2022).
+    """
+    _refuse_grad(q, kv_cache, mask, head_mask)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return torch.ops.alula.attention(q, kv_cache, positions, lengths, mask, head_mask, scale, causal)
+
+
+def scaled_masked_softmax(
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    causal: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``softmax(scores * scale + mask)`` over the last dimension, in float32, cast on the way out.
+
+    Args:
+        scores: [..., T, S], float32, bfloat16 or float16.
+        mask: broadcastable to ``scores``; bool (True = visible) or floating point, added.
+        causal: key j is visible to query t iff ``j <= t + (S - T)``.
+        dtype: of the result, default that of ``scores``.
+
+    Returns: the shape of ``scores``. A row with no visible key is zeros, never NaN.
+    """
+    _refuse_grad(scores, mask)
+    return torch.ops.alula.scaled_masked_softmax(scores, mask, scale, causal, dtype)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Layer norm of ``x + residual`` over the last dimension, float32 inside (Ba et al. 2016).
+
+    Args:
+        x: [..., E]. weight, bias: [E]. residual: the shape of ``x``. All of one dtype.
+
+    Returns: the shape and dtype of ``x``.
+    """
+    _refuse_grad(x, weight, bias, residual)
+    return torch.ops.alula.layer_norm(x, weight, bias, eps, residual)
+
+
+# --- shapes and dtypes without data, for torch.compile, export and the meta device ---------------------------------
+
+
+def _packed_shape(n: int, k: int, dtype: torch.dtype) -> list[int]:
+    panels = (n + 31) // 32
+    return [panels, (k + 1) // 2, 32, 2] if dtype == torch.bfloat16 else [panels, k, 32]
+
+
+@torch.library.register_fake("alula::pack_weight")
+def _(weight):
+    return weight.new_empty(_packed_shape(weight.shape[0], weight.shape[1], weight.dtype))
+
+
+@torch.library.register_fake("alula::unpack_weight")
+def _(packed, out_features, in_features):
+    return packed.new_empty([out_features, in_features])
+
+
+@torch.library.register_fake("alula::embedding")
+def _(input_ids, packed, num_embeddings, position_ids, position_table, token_type_ids):
+    width = packed.shape[1] * (2 if packed.dtype == torch.bfloat16 else 1)
+    if position_table is not None:
+        width = position_table.shape[1]
+    return packed.new_empty([*input_ids.shape, width])
+
+
+@torch.library.register_fake("alula::linear")
+def _(x, weight, out_features, bias, norm_weight, norm_bias, norm_eps, activation, residual):
+    return x.new_empty([*x.shape[:-1], out_features])
+
+
+@torch.library.register_fake("alula::qkv_projection")
+def _(x, weight, bias, norm_weight, norm_bias, norm_eps, num_heads, num_kv_heads, head_dim, kv_cache, positions):
+    return x.new_empty([x.shape[0], x.shape[1], num_heads, head_dim])
+
+
+@torch.library.register_fake("alula::attention")
+def _(q, kv_cache, positions, lengths, mask, head_mask, scale, causal):
+    return q.new_empty([q.shape[0], q.shape[1], q.shape[2] * q.shape[3]])
+
+
+@torch.library.register_fake("alula::scaled_masked_softmax")
+def _(scores, mask, scale, causal, dtype):
+    return torch.empty(scores.shape, dtype=dtype or scores.dtype, device=scores.device)
+
+
+@torch.library.register_fake("alula::layer_norm")
+def _(x, weight, bias, eps, residual):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
