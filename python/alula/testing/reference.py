@@ -1,0 +1,212 @@
+"""The meaning of every op, in plain PyTorch: the specification that the kernels are tested against.
+
+The functions take the arguments of `alula.ops` by the same names, with plain weights [N, K] in place of packed ones.
+They compute in `compute_dtype` (float64 unless told) and return it. `same_dtype(op, ...)` gives what PyTorch makes of
+the same formula in the dtype of the inputs; its distance from the float64 result is the error a kernel is measured by.
+
+B batch, T query tokens, S cache slots, H query heads, G key/value heads, D head size, E model width, N out, K in.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "gelu_pytorch_tanh": lambda y: F.gelu(y, approximate="tanh"),  # y/2 * (1 + tanh(sqrt(2/pi) * (y + 0.044715 y^3)))
+    "gelu": F.gelu,  # y/2 * (1 + erf(y / sqrt(2)))
+    "relu": F.relu,
+    "silu": F.silu,  # y / (1 + exp(-y))
+    "tanh": torch.tanh,
+}
+
+
+def embedding(
+    input_ids: Tensor,
+    table: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    position_table: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """table[input_ids] (+ position_table[position_ids]) (+ table[token_type_ids]).
+
+    input_ids, token_type_ids: [B, T] int64; position_ids: [B, T] or [1, T] int64; table: [V, E];
+    position_table: [P, E]. Returns [B, T, E].
+    """
+    y = table.to(compute_dtype)[input_ids]
+    if position_table is not None:
+        y = y + position_table.to(compute_dtype)[position_ids]
+    if token_type_ids is not None:
+        y = y + table.to(compute_dtype)[token_type_ids]
+    return y
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """(z - mean(z)) / sqrt(var(z) + eps) * weight + bias over the last dimension, z = x + residual.
+
+    x, residual: [..., E]; weight, bias: [E]. Returns [..., E].
+    """
+    z = x.to(compute_dtype)
+    if residual is not None:
+        z = z + residual.to(compute_dtype)
+    return F.layer_norm(z, z.shape[-1:], weight.to(compute_dtype), _to(bias, compute_dtype), eps)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """activation(LN(x) @ weight.T + bias) + residual; the layer norm is there when `norm_weight` is given.
+
+    x: [..., K]; weight: [N, K]; bias: [N]; norm_weight, norm_bias: [K]; residual: [..., N]. Returns [..., N].
+    """
+    x = x.to(compute_dtype)
+    if norm_weight is not None:
+        x = layer_norm(x, norm_weight, norm_bias, norm_eps, compute_dtype=compute_dtype)
+    y = ACTIVATIONS[activation](F.linear(x, weight.to(compute_dtype), _to(bias, compute_dtype)))
+    return y if residual is None else y + residual.to(compute_dtype)
+
+
+def qkv_projection(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_cache: Tensor,
+    positions: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """[q | k | v] = LN(x) @ weight.T + bias; kv_cache[b, g, positions[b, t]] = [k | v] of token t; returns q.
+
+    x: [B, T, E]; weight: [(H + 2G) * D, E], rows [q (H*D) | k (G*D) | v (G*D)]; kv_cache: [B, G, S, 2*D], written in
+    place and rounded to its own dtype; positions: [B, T] int32, a token whose position is negative is written nowhere.
+    Returns q: [B, T, H, D], of every token.
+    """
+    batch, tokens, _ = x.shape
+    qkv = linear(
+        x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, compute_dtype=compute_dtype
+    )
+    heads = qkv.view(batch, tokens, num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    for b, t in itertools.product(range(batch), range(tokens)):
+        slot = int(positions[b, t])
+        if slot >= 0:
+            kv_cache[b, :, slot] = torch.cat([k[b, t], v[b, t]], dim=-1).to(kv_cache.dtype)
+    return q
+
+
+def attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """softmax(scale * q @ k.T + mask) @ v over the visible keys; query head h reads key/value head h // (H/G).
+
+    q: [B, T, H, D]; kv_cache: [B, G, S, 2*D], a slot's key in [..., :D] and its value in [..., D:]; positions: [B, T]
+    int32; lengths: [B] int32. Query t of row b sees key j if j < lengths[b], and (when causal) j <= positions[b, t],
+    and the mask lets it. mask: bool (True = visible) or additive float, [B|1, H|1, T, S'] with S' >= max(lengths);
+    head_mask: [H], multiplies the probabilities of a head; scale: D**-0.5 when None.
+    A query that sees nothing, or whose position is negative, gives zeros. A slot that no query of its row sees has no
+    influence, whatever it holds. Returns [B, T, H*D].
+    """
+    batch, tokens, num_heads, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    group = num_heads // kv_cache.shape[1]
+    out = torch.zeros(batch, tokens, num_heads, head_dim, dtype=compute_dtype)
+    for b in range(batch):
+        n = int(lengths[b])
+        if n == 0 or tokens == 0:
+            continue
+        key, value = kv_cache[b, :, :n].to(compute_dtype).repeat_interleave(group, dim=0).split(head_dim, dim=-1)
+        visible = (positions[b] >= 0)[:, None].expand(tokens, n)
+        if causal:
+            visible = visible & (torch.arange(n) <= positions[b][:, None])
+        mask_b = None if mask is None else mask.expand(batch, -1, -1, -1)[b, :, :, :n]
+        unseen = ~visible.any(dim=0)
+        key, value = (tensor.masked_fill(unseen[:, None], 0.0) for tensor in (key, value))
+        scores = q[b].to(compute_dtype).transpose(0, 1) @ key.transpose(-1, -2)  # [H, T, n]
+        p = _softmax(scores, mask_b, scale, visible).to(compute_dtype)
+        if head_mask is not None:
+            p = p * head_mask.to(compute_dtype)[:, None, None]
+        out[b] = (p @ value).transpose(0, 1)
+    return out.flatten(2)
+
+
+def scaled_masked_softmax(
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    causal: bool = False,
+    dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """softmax(scale * scores + mask) over the last dimension; a row in which nothing is visible gives zeros.
+
+    scores: [..., T, S]; mask: bool (True = visible) or additive float, broadcastable to scores; causal: query t sees
+    key j if j <= t + (S - T). Returns [..., T, S] in `dtype`, or in `compute_dtype` when None.
+    """
+    tokens, keys = scores.shape[-2:]
+    visible = torch.ones(tokens, keys, dtype=torch.bool)
+    if causal:
+        visible = visible.tril(keys - tokens)
+    return _softmax(scores.to(compute_dtype), mask, scale, visible).to(dtype or compute_dtype)
+
+
+def same_dtype(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """`op` (a function of this module) as PyTorch computes it in the dtype of its first floating-point tensor."""
+    dtype = next(a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point())
+    return op(*args, **kwargs, compute_dtype=dtype)
+
+
+def _softmax(scores: Tensor, mask: Tensor | None, scale: float, visible: Tensor) -> Tensor:
+    """softmax(scale * scores + mask) over the visible keys, in float32 at least; all -inf or nothing visible: zeros."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        visible = visible & mask
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    nothing = (scores == -torch.inf).all(dim=-1, keepdim=True)
+    return scores.softmax(dim=-1).masked_fill(nothing, 0.0)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
