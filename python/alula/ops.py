@@ -112,7 +112,7 @@ def embedding(
     """
     _refuse_grad(table.data, position_table)
     return torch.ops.alula.embedding(
-        input_ids, table.data, table.out_features, position_ids, position_table, token_type_ids
+        input_ids, table.data, table.out_features, table.in_features, position_ids, position_table, token_type_ids
     )
 
 
@@ -284,11 +284,8 @@ def _(packed, out_features, in_features):
 
 
 @torch.library.register_fake("alula::embedding")
-def _(input_ids, packed, num_embeddings, position_ids, position_table, token_type_ids):
-    width = packed.shape[1] * (2 if packed.dtype == torch.bfloat16 else 1)
-    if position_table is not None:
-        width = position_table.shape[1]
-    return packed.new_empty([*input_ids.shape, width])
+def _(input_ids, packed, num_embeddings, embedding_dim, position_ids, position_table, token_type_ids):
+    return packed.new_empty([*input_ids.shape, embedding_dim])
 
 
 @torch.library.register_fake("alula::linear")
