@@ -1,0 +1,134 @@
+// Packed-weight product with a fused leading layer norm and any epilogue: the body of linear and qkv_projection.
+//
+// A thread owns a range of panels (32 columns of the output each) and a range of row blocks. Per panel:
+//   zero the sums C [rows][32] (on the stack, in the second-level cache)
+//   for each block of K that keeps the panel's part in the first-level cache (kBlockBytes)
+//     for each block of rows: tile (tile.h)
+//   hand C to the epilogue, all of K summed
+// So a weight comes from memory once per kMaxRowsAtOnce rows, in address order, and partial sums never leave the cache.
+// One row is the same loop with one tile; it asks for the weights kAhead bytes early and runs at memory speed.
+#pragma once
+
+#include "core/dispatch.h"
+#include "cpu/norm.h"
+#include "cpu/panel_gemm_args.h"
+#include "cpu/tile.h"
+
+namespace alula::ALULA_ISA {
+
+constexpr int64_t kBlockBytes = 24 * 1024;  // of a panel at once, in a first-level cache of 32 KiB
+constexpr int kPrefetchAhead = 4096;        // bytes
+
+template <typename W>
+constexpr int64_t kBlockSteps = kBlockBytes / (kPanel * static_cast<int64_t>(sizeof(W)) * Operand<W>::kStep);
+
+template <typename W>
+constexpr int64_t packed_row_bytes_of(int64_t k) {
+  return packed_row_size<W>(k) * static_cast<int64_t>(sizeof(typename Operand<W>::A));
+}
+
+// Row `row` of X, normed if asked, into its place in a packed block of `rows` rows.
+template <typename W>
+inline void pack_x_row(const PanelGemmArgs& args, int64_t index, typename Operand<W>::A* a, int row, int rows) {
+  constexpr int64_t kChunk = 512;  // an even number, so that pairs stay whole
+  const W* x = static_cast<const W*>(args.x) + index * args.k;
+  const W* weight = static_cast<const W*>(args.norm_weight);
+  const W* bias = static_cast<const W*>(args.norm_bias);
+  Moments moments{};
+  if (weight) moments = moments_of(args.k, args.norm_eps, [x](int64_t i, int n) { return load(x + i, n); });
+
+  alignas(64) float chunk[kChunk];
+  for (int64_t begin = 0; begin < args.k; begin += kChunk) {
+    const int64_t count = args.k - begin < kChunk ? args.k - begin : kChunk;
+    for (int64_t i = 0; i < count; i += Vec::kWidth) {
+      const int n = static_cast<int>(count - i < Vec::kWidth ? count - i : Vec::kWidth);
+      Vec value = load(x + begin + i, n);
+      if (weight) {
+        value = normalize(value, moments, load(weight + begin + i, n), bias ? load(bias + begin + i, n) : zero());
+      }
+      store(chunk + i, value);
+    }
+    pack_row<W>(chunk, count, a + packed_row_size<W>(begin) * rows, row, rows);
+  }
+}
+
+template <typename W>
+void pack_rows_of(const PanelGemmArgs& args, int64_t first, int64_t last, void* packed) {
+  using A = typename Operand<W>::A;
+  const int64_t row_size = packed_row_size<W>(args.k);
+  for (int64_t block = first; block < last; block++) {
+    const int64_t begin = block * kRows;
+    const int rows = static_cast<int>(args.m - begin < kRows ? args.m - begin : kRows);
+    A* a = static_cast<A*>(packed) + begin * row_size;
+    for (int row = 0; row < rows; row++) pack_x_row<W>(args, begin + row, a, row, rows);
+  }
+}
+
+// Panels [first_panel, last_panel) for the rows of blocks [first_block, last_block), packed at `packed` (block 0 of X is at its
+// start). epilogue(row, panel, rows, c): rows of X from `row` on, their sums in c [rows][32].
+template <typename W, typename Epilogue>
+void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t first_panel, int64_t last_panel,
+                     int64_t first_block, int64_t last_block, const Epilogue& epilogue) {
+  using A = typename Operand<W>::A;
+  constexpr int kPair = Operand<W>::kStep;
+  const int64_t steps = (args.k + kPair - 1) / kPair;
+  const int64_t row_size = packed_row_size<W>(args.k);
+  const int64_t first_row = first_block * kRows;
+  const int64_t last_row = last_block * kRows < args.m ? last_block * kRows : args.m;
+  const bool few_rows = last_row - first_row <= kRows;
+  alignas(64) float c[kMaxRowsAtOnce * kPanel];
+
+  // Rows in equal shares of at most kMaxRowsAtOnce, so that none is a small rest that reads all weights again.
+  const int64_t blocks = (last_row - first_row + kRows - 1) / kRows;
+  constexpr int64_t kMaxBlocks = kMaxRowsAtOnce / kRows;
+  const int64_t shares = (blocks + kMaxBlocks - 1) / kMaxBlocks;
+  for (int64_t share = 0; share < shares; share++) {
+    const int64_t row_begin = first_row + blocks * share / shares * kRows;
+    const int64_t end = first_row + blocks * (share + 1) / shares * kRows;
+    const int64_t row_end = end < last_row ? end : last_row;
+    for (int64_t panel = first_panel; panel < last_panel; panel++) {
+      const W* b = static_cast<const W*>(args.weight) + panel * steps * kPair * kPanel;
+      std::memset(c, 0, static_cast<size_t>(row_end - row_begin) * kPanel * sizeof(float));
+      for (int64_t step = 0; step < steps; step += kBlockSteps<W>) {
+        const int64_t count = steps - step < kBlockSteps<W> ? steps - step : kBlockSteps<W>;
+        for (int64_t row = row_begin; row < row_end; row += kRows) {
+          const int rows = static_cast<int>(row_end - row < kRows ? row_end - row : kRows);
+          const A* a = static_cast<const A*>(packed) + row * row_size + step * Operand<W>::kValues * rows;
+          float* sums = c + (row - row_begin) * kPanel;
+          if (few_rows) {
+            tile_for<W, kPrefetchAhead>(rows)(a, b + step * kPair * kPanel, kPanel, count, sums, kPanel);
+          } else {
+            tile_for<W>(rows)(a, b + step * kPair * kPanel, kPanel, count, sums, kPanel);
+          }
+        }
+      }
+      epilogue(row_begin, panel, row_end - row_begin, c);
+    }
+  }
+}
+
+// The values of one row of one panel, in registers' worth, with the bias added: f(column, lanes, value).
+template <typename W, typename F>
+ALULA_INLINE void for_each_column(const W* bias, int64_t n, int64_t panel, const float* c, F f) {
+  for (int first = 0; first < kPanel; first += Vec::kWidth) {
+    const int64_t column = panel * kPanel + first;
+    const int lanes = static_cast<int>(n - column < Vec::kWidth ? n - column : Vec::kWidth);
+    if (lanes <= 0) return;
+    Vec value = load(c + first);
+    if (bias) value = value + (lanes == Vec::kWidth ? load(bias + column) : load(bias + column, lanes));
+    f(column, lanes, value);
+  }
+}
+
+inline int64_t packed_row_bytes(DType dtype, int64_t k) {
+  return dispatch_dtype(dtype, [&](auto tag) { return packed_row_bytes_of<typename decltype(tag)::Type>(k); });
+}
+
+inline void pack_rows(const PanelGemmArgs& args, int64_t first, int64_t last, void* packed) {
+  dispatch_dtype(args.dtype,
+                 [&](auto tag) { pack_rows_of<typename decltype(tag)::Type>(args, first, last, packed); });
+}
+
+constexpr PanelGemmKernels kPanelGemm = {kRows, packed_row_bytes, pack_rows};
+
+}  // namespace alula::ALULA_ISA

@@ -1,0 +1,46 @@
+#include "cpu/peak.h"
+
+#include "cpu/vec.h"
+
+namespace alula::ALULA_ISA {
+namespace {
+
+constexpr int kChains = sizeof(Vec) == 64 ? 24 : 12;  // independent sums: enough to hide the latency, few enough for the registers
+
+double fp32_fma(long iterations, float* sink) {
+  Vec acc[kChains];
+  for (int i = 0; i < kChains; i++) acc[i] = broadcast(static_cast<float>(i));
+  Vec a = broadcast(0.999f), b = broadcast(0.001f);
+  for (long n = 0; n < iterations; n++) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; i++) acc[i] = fma(acc[i], a, b);
+  }
+  Vec sum = zero();
+  for (int i = 0; i < kChains; i++) sum = sum + acc[i];
+  *sink = reduce_add(sum);
+  return 2.0 * static_cast<double>(iterations) * kChains * Vec::kWidth;
+}
+
+#if defined(__AVX512BF16__)
+double bf16_dot(long iterations, float* sink) {
+  Vec acc[kChains];
+  for (int i = 0; i < kChains; i++) acc[i] = broadcast(static_cast<float>(i));
+  const auto a = (__m512bh)_mm512_set1_epi32(0x3c003c00), b = (__m512bh)_mm512_set1_epi32(0x3c013c01);
+  for (long n = 0; n < iterations; n++) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; i++) acc[i].v = _mm512_dpbf16_ps(acc[i].v, a, b);
+  }
+  Vec sum = zero();
+  for (int i = 0; i < kChains; i++) sum = sum + acc[i];
+  *sink = reduce_add(sum);
+  return 4.0 * static_cast<double>(iterations) * kChains * Vec::kWidth;
+}
+#else
+double bf16_dot(long, float*) { return 0; }
+#endif
+
+}  // namespace
+
+const PeakKernels kPeak = {fp32_fma, bf16_dot};
+
+}  // namespace alula::ALULA_ISA

@@ -1,0 +1,85 @@
+// exp, tanh, erfc and the activations built on them, to fp32 accuracy (largest relative errors seen against fp64 over a
+// dense sweep, per test_isa.py: exp and tanh 2 ulp). NaN stays NaN, infinities go to their limits.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace alula::ALULA_ISA {
+
+// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, exp(r) by its Taylor-like minimax polynomial.
+// ln 2 is subtracted in two parts (Cody and Waite), so r keeps its last bits. Below -104 the result is 0, above 89 it is
+// inf: clamping there keeps n in the range that scale_by_power_of_two takes.
+ALULA_INLINE Vec exp(Vec x) {
+  // Operand order matters: min and max hand back their second operand where one is NaN.
+  const Vec clamped = max(broadcast(-104.0f), min(broadcast(89.0f), x));
+  const Vec n = round(clamped * broadcast(1.44269504088896341f));
+  Vec r = fnma(n, broadcast(0.693359375f), clamped);
+  r = fnma(n, broadcast(-2.12194440e-4f), r);
+  Vec p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, r * r, r) + broadcast(1.0f);
+  return scale_by_power_of_two(p, n);
+}
+
+// 1 / (1 + exp(-x))
+ALULA_INLINE Vec sigmoid(Vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exp(zero() - x)); }
+
+// Near 0 an odd polynomial (the quotient would lose all digits there), elsewhere 1 - 2 / (exp(2|x|) + 1) with x's sign.
+ALULA_INLINE Vec tanh(Vec x) {
+  const Vec a = abs(x);
+  const Vec one = broadcast(1.0f);
+  const Vec large = one - broadcast(2.0f) / (exp(a + a) + one);
+  const Vec s = x * x;
+  Vec p = broadcast(-5.70498872745e-3f);
+  p = fma(p, s, broadcast(2.06390887954e-2f));
+  p = fma(p, s, broadcast(-5.37397155531e-2f));
+  p = fma(p, s, broadcast(1.33314422036e-1f));
+  p = fma(p, s, broadcast(-3.33332819422e-1f));
+  const Vec small = fma(p * s, x, x);
+  return select_less(a, broadcast(0.625f), small, copysign(large, x));
+}
+
+// erfc(|x|), relative error 1.2e-7: the Chebyshev fit of Press et al., Numerical Recipes, section 6.2.
+ALULA_INLINE Vec erfc_of_abs(Vec x) {
+  const Vec z = abs(x);
+  const Vec t = broadcast(1.0f) / fma(broadcast(0.5f), z, broadcast(1.0f));
+  Vec p = broadcast(0.17087277f);
+  p = fma(p, t, broadcast(-0.82215223f));
+  p = fma(p, t, broadcast(1.48851587f));
+  p = fma(p, t, broadcast(-1.13520398f));
+  p = fma(p, t, broadcast(0.27886807f));
+  p = fma(p, t, broadcast(-0.18628806f));
+  p = fma(p, t, broadcast(0.09678418f));
+  p = fma(p, t, broadcast(0.37409196f));
+  p = fma(p, t, broadcast(1.00002368f));
+  p = fma(p, t, broadcast(-1.26551223f));
+  return t * exp(fnma(z, z, p));
+}
+
+// The activations by the code that ops.py's ACTIVATIONS gives them.
+enum class Activation : int { kNone = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3, kSilu = 4, kTanh = 5 };
+
+// 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): one exp and no cancellation for negative x.
+// The argument is clamped: beyond 90 the sigmoid is 0 or 1 in fp32, and x^3 of a large x would overflow to inf - inf.
+ALULA_INLINE Vec gelu_tanh(Vec x) {
+  const Vec cubic = fma(broadcast(0.0713548162726f) * x, x, broadcast(1.59576912160573f));
+  const Vec twice_u = max(broadcast(-90.0f), min(broadcast(90.0f), cubic * x));
+  return x * sigmoid(twice_u);
+}
+
+// x Phi(x), Phi(x) = erfc(-x / sqrt 2) / 2, taken from the side where it does not cancel.
+ALULA_INLINE Vec gelu(Vec x) {
+  const Vec tail = broadcast(0.5f) * erfc_of_abs(x * broadcast(0.70710678118654752f));
+  return x * select_less(x, zero(), tail, broadcast(1.0f) - tail);
+}
+
+// max(x, 0), NaN kept.
+ALULA_INLINE Vec relu(Vec x) { return max(zero(), x); }
+
+ALULA_INLINE Vec silu(Vec x) { return x * sigmoid(x); }
+
+}  // namespace alula::ALULA_ISA

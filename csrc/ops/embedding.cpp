@@ -1,0 +1,75 @@
+#include "ops/embedding.h"
+
+#include <array>
+
+#include "core/tensor.h"
+#include "cpu/panel_gemm_parallel.h"
+
+namespace alula {
+namespace {
+
+// int64, contiguous on return, every entry in [0, limit).
+Tensor checked_ids(const Tensor& ids, const char* name, int64_t limit, const char* limit_name) {
+  check_cpu(ids, name);
+  check_dtype(ids, name, ScalarType::Long, "an id");
+  const Tensor checked = as_contiguous(ids);
+  const auto* data = static_cast<const int64_t*>(checked.const_data_ptr());
+  for (int64_t i = 0; i < checked.numel(); i++) {
+    ALULA_CHECK(data[i] >= 0 && data[i] < limit, name, " holds ", data[i], "; accepted: 0 to ", limit - 1, " (",
+                limit_name, " is ", limit, ")");
+  }
+  return checked;
+}
+
+}  // namespace
+
+Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embeddings, int64_t embedding_dim,
+                 const OptionalTensor& position_ids, const OptionalTensor& position_table,
+                 const OptionalTensor& token_type_ids) {
+  const DType dtype = check_packed_weight(packed, num_embeddings, embedding_dim);
+  const Tensor ids = checked_ids(input_ids, "input_ids", num_embeddings, "the number of embeddings");
+  ALULA_CHECK(position_ids.has_value() == position_table.has_value(),
+              "position_ids and position_table go together; one of them is missing");
+  OptionalTensor positions, table, types;
+  if (position_table) {
+    check_cpu(*position_table, "position_table");
+    check_shape(*position_table, "position_table", {-1, embedding_dim}, "[positions, E]");
+    check_dtype(*position_table, "position_table", packed.scalar_type(), "the packed table");
+    table = as_contiguous(position_table);
+    positions = checked_ids(*position_ids, "position_ids", table->size(0), "the number of positions");
+    // The same positions for every row of the batch, or one for each token.
+    const int64_t count = positions->numel();
+    ALULA_CHECK(count == ids.numel() || (ids.dim() >= 1 && count == ids.size(ids.dim() - 1)), "position_ids has shape ",
+                shape_of(*position_ids), "; expected that of input_ids, ", shape_of(input_ids), ", or one row of it");
+  }
+  if (token_type_ids) {
+    types = checked_ids(*token_type_ids, "token_type_ids", num_embeddings, "the number of embeddings");
+    ALULA_CHECK(types->numel() == ids.numel(), "token_type_ids has shape ", shape_of(*token_type_ids),
+                "; expected that of input_ids, ", shape_of(input_ids));
+  }
+
+  std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
+  sizes.push_back(embedding_dim);
+  Tensor out = torch::stable::empty(sizes, packed.scalar_type());
+  const auto ids_or_null = [](const OptionalTensor& t) {
+    return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
+  };
+  const EmbeddingArgs args = {
+      .dtype = dtype,
+      .width = embedding_dim,
+      .table = packed.const_data_ptr(),
+      .input_ids = static_cast<const int64_t*>(ids.const_data_ptr()),
+      .token_type_ids = ids_or_null(types),
+      .position_ids = ids_or_null(positions),
+      .position_period = positions ? positions->numel() : 1,
+      .position_table = data_or_null(table),
+      .out = out.mutable_data_ptr(),
+  };
+  const EmbeddingKernels& kernels = ALULA_KERNELS(kEmbedding);
+  parallel_ranges(ids.numel(), 4, [&](int64_t begin, int64_t end) { kernels.embed(args, begin, end); });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("embedding", TORCH_BOX(&embedding)); }
+
+}  // namespace alula

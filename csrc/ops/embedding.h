@@ -1,0 +1,29 @@
+// embedding: the sum of a word row, a position row and a token-type row, in fp32.
+#pragma once
+
+#include <cstdint>
+
+#include "core/types.h"
+#include "cpu/isa.h"
+
+namespace alula {
+
+struct EmbeddingArgs {
+  DType dtype;
+  int64_t width;                  // E
+  const void* table;              // packed [V, E] (cpu/panel_gemm_args.h)
+  const int64_t* input_ids;       // [tokens]
+  const int64_t* token_type_ids;  // [tokens], rows of the same table; may be null
+  const int64_t* position_ids;    // [position_period], token t takes entry t % position_period; may be null
+  int64_t position_period;
+  const void* position_table;  // [P, E], plain; null with position_ids
+  void* out;                   // [tokens, E]
+};
+
+struct EmbeddingKernels {
+  void (*embed)(const EmbeddingArgs& args, int64_t first_token, int64_t last_token);
+};
+
+ALULA_DECLARE_KERNELS(EmbeddingKernels, kEmbedding)
+
+}  // namespace alula

@@ -1,0 +1,25 @@
+// linear: y = activation(layer_norm(x) W^T + bias) + residual, W packed (cpu/panel_gemm_args.h).
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/panel_gemm_args.h"
+
+namespace alula {
+
+struct LinearArgs {
+  PanelGemmArgs gemm;
+  int activation;        // cpu/vec_math.h, Activation
+  const void* residual;  // [M, N], may be null
+  void* out;             // [M, N]
+};
+
+struct LinearKernels {
+  PanelGemmKernels gemm;
+  // Panels and row blocks as in cpu/panel_gemm.h.
+  void (*multiply)(const LinearArgs& args, const void* packed, int64_t first_panel, int64_t last_panel,
+                   int64_t first_block, int64_t last_block);
+};
+
+ALULA_DECLARE_KERNELS(LinearKernels, kLinear)
+
+}  // namespace alula

@@ -1,0 +1,101 @@
+// pack_weight, unpack_weight: a plain weight [N, K] to and from panels of 32 rows, K-major (cpu/panel_gemm_args.h).
+//
+// Pure moves of 2- or 4-byte elements, done once at load, in address order of the packed side. Any strides of the plain side,
+// so that a transposed (Conv1D) checkpoint tensor is packed from its view.
+#include <sys/mman.h>
+
+#include "core/tensor.h"
+#include "cpu/panel_gemm_args.h"
+#include "cpu/panel_gemm_parallel.h"
+#include "cpu/parallel.h"
+
+namespace alula {
+namespace {
+
+// Weights are read in address order once per token: large pages save most of the address translation.
+void ask_for_large_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr size_t kLargePage = 2 << 20;
+  const size_t begin = (reinterpret_cast<size_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
+  const size_t end = (reinterpret_cast<size_t>(data) + bytes) / kLargePage * kLargePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failing is fine
+#endif
+}
+
+// kPair 1: [panel][K][32], kPair 2: [panel][ceil(K/2)][32][2].
+template <typename T, int kPair>
+void pack_panels(const T* weight, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k, T* packed) {
+  const int64_t panel_size = (k + kPair - 1) / kPair * kPair * kPanelRows;
+  parallel_ranges(num_panels(n), 1, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; panel++) {
+      T* out = packed + panel * panel_size;
+      for (int64_t i = 0; i < panel_size; i++, out++) {
+        const int64_t column = i / (kPanelRows * kPair) * kPair + i % kPair;
+        const int64_t row = panel * kPanelRows + i / kPair % kPanelRows;
+        *out = row < n && column < k ? weight[row * row_stride + column * column_stride] : T{0};
+      }
+    }
+  });
+}
+
+template <typename T, int kPair>
+void unpack_panels(const T* packed, int64_t n, int64_t k, T* weight) {
+  const int64_t panel_size = (k + kPair - 1) / kPair * kPair * kPanelRows;
+  parallel_ranges(num_panels(n), 1, [&](int64_t first, int64_t last) {
+    const int64_t end = last * kPanelRows < n ? last * kPanelRows : n;
+    for (int64_t row = first * kPanelRows; row < end; row++) {
+      const T* panel = packed + row / kPanelRows * panel_size + row % kPanelRows * kPair;
+      for (int64_t column = 0; column < k; column++) {
+        weight[row * k + column] = panel[column / kPair * kPanelRows * kPair + column % kPair];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+Tensor pack_weight(const Tensor& weight) {
+  check_cpu(weight, "weight");
+  ALULA_CHECK(weight.dim() == 2, "weight has shape ", shape_of(weight), "; expected [out_features, in_features]");
+  const DType dtype = value_dtype(weight, "weight");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const bool paired = dtype == DType::kBFloat16;
+  Tensor packed = paired ? torch::stable::empty({num_panels(n), (k + 1) / 2, kPanelRows, 2}, weight.scalar_type())
+                         : torch::stable::empty({num_panels(n), k, kPanelRows}, weight.scalar_type());
+  ask_for_large_pages(packed.mutable_data_ptr(), packed.numel() * packed.element_size());
+  const int64_t rows = weight.stride(0), columns = weight.stride(1);
+  if (paired) {
+    pack_panels<uint16_t, 2>(static_cast<const uint16_t*>(weight.const_data_ptr()), rows, columns, n, k,
+                             static_cast<uint16_t*>(packed.mutable_data_ptr()));
+  } else if (dtype == DType::kFloat16) {
+    pack_panels<uint16_t, 1>(static_cast<const uint16_t*>(weight.const_data_ptr()), rows, columns, n, k,
+                             static_cast<uint16_t*>(packed.mutable_data_ptr()));
+  } else {
+    pack_panels<uint32_t, 1>(static_cast<const uint32_t*>(weight.const_data_ptr()), rows, columns, n, k,
+                             static_cast<uint32_t*>(packed.mutable_data_ptr()));
+  }
+  return packed;
+}
+
+Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_features) {
+  const DType dtype = check_packed_weight(packed, out_features, in_features);
+  Tensor weight = torch::stable::empty({out_features, in_features}, packed.scalar_type());
+  if (dtype == DType::kBFloat16) {
+    unpack_panels<uint16_t, 2>(static_cast<const uint16_t*>(packed.const_data_ptr()), out_features, in_features,
+                               static_cast<uint16_t*>(weight.mutable_data_ptr()));
+  } else if (dtype == DType::kFloat16) {
+    unpack_panels<uint16_t, 1>(static_cast<const uint16_t*>(packed.const_data_ptr()), out_features, in_features,
+                               static_cast<uint16_t*>(weight.mutable_data_ptr()));
+  } else {
+    unpack_panels<uint32_t, 1>(static_cast<const uint32_t*>(packed.const_data_ptr()), out_features, in_features,
+                               static_cast<uint32_t*>(weight.mutable_data_ptr()));
+  }
+  return weight;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+}
+
+}  // namespace alula

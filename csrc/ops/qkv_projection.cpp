@@ -1,0 +1,58 @@
+#include "ops/qkv_projection.h"
+
+#include <array>
+
+#include "core/tensor.h"
+#include "cpu/panel_gemm_parallel.h"
+#include "ops/kv_cache.h"
+
+namespace alula {
+
+Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+                      int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, const Tensor& kv_cache,
+                      const Tensor& positions) {
+  check_cpu(x, "x");
+  ALULA_CHECK(x.dim() == 3, "x has shape ", shape_of(x), "; expected [B, T, E]");
+  const int64_t batch = x.size(0), tokens = x.size(1), k = x.size(2);
+  check_heads(num_heads, num_kv_heads, head_dim);
+  const int64_t n = (num_heads + 2 * num_kv_heads) * head_dim;
+  const DType dtype = check_packed_weight(weight, n, k);
+  check_dtype(x, "x", weight.scalar_type(), "the weight");
+  ALULA_CHECK(norm_weight || !norm_bias, "norm_bias is given without norm_weight; give both, or norm_weight alone");
+  const OptionalTensor b = feature_vector(bias, "bias", n, weight, "the weight");
+  const OptionalTensor nw = feature_vector(norm_weight, "norm_weight", k, weight, "the weight");
+  const OptionalTensor nb = feature_vector(norm_bias, "norm_bias", k, weight, "the weight");
+  check_kv_cache(kv_cache, batch, num_kv_heads, head_dim);
+  check_dtype(kv_cache, "kv_cache", weight.scalar_type(), "the weight");
+  const Tensor slots = checked_positions(positions, batch, tokens);
+  const auto* slot = static_cast<const int32_t*>(slots.const_data_ptr());
+  for (int64_t i = 0; i < batch * tokens; i++) {
+    ALULA_CHECK(slot[i] < kv_cache.size(2), "positions holds ", slot[i], "; kv_cache has room for positions below ",
+                kv_cache.size(2));
+  }
+
+  const Tensor input = as_contiguous(x);
+  Tensor q = torch::stable::empty({batch, tokens, num_heads, head_dim}, x.scalar_type());
+  const QkvProjectionArgs args = {
+      .gemm = {dtype, input.const_data_ptr(), weight.const_data_ptr(), data_or_null(b), data_or_null(nw),
+               data_or_null(nb), static_cast<float>(norm_eps), batch * tokens, n, k},
+      .tokens = tokens,
+      .num_heads = num_heads,
+      .num_kv_heads = num_kv_heads,
+      .head_dim = head_dim,
+      .q = q.mutable_data_ptr(),
+      .kv_cache = kv_cache.mutable_data_ptr(),
+      .kv_strides = {kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2)},
+      .positions = slot,
+  };
+  const QkvProjectionKernels& kernels = ALULA_KERNELS(kQkvProjection);
+  run_panel_gemm(args.gemm, kernels.gemm, [&](const void* packed, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
+    kernels.multiply(args, packed, p0, p1, b0, b1);
+  });
+  return q;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("qkv_projection", TORCH_BOX(&qkv_projection)); }
+
+}  // namespace alula

@@ -1,0 +1,35 @@
+"""Builds the compiled halves of alula with CMake and Ninja. Metadata is in pyproject.toml, compiler flags in CMakeLists.txt."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = runpy.run_path(str(ROOT / "python/alula/_version.py"))["__version__"]
+
+
+class CMakeBuild(build_ext):
+    """One CMake build makes libalula.so (the ops) and _C (the pybind11 module); both are installed beside the package."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if shutil.which("cmake") is None:
+            sys.exit("alula needs CMake 3.25 or newer to build: pip install cmake ninja")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}"
+        options = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DALULA_VERSION={VERSION}",
+            f"-DALULA_WERROR={'ON' if os.environ.get('ALULA_WERROR') == '1' else 'OFF'}",
+        ]
+        subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(["cmake", "--install", str(build), "--prefix", str(target)], check=True)
+
+
+setup(ext_modules=[Extension("alula._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
