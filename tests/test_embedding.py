@@ -95,8 +95,8 @@ def test_threads_and_repetition_do_not_change_bits(dtype: torch.dtype, isa: str,
 def test_opcheck(dtype: torch.dtype) -> None:
     packed, positions = ops.pack(torch.randn(40, 24).to(dtype)).data, torch.randn(16, 24).to(dtype)
     ids, position_ids = torch.randint(0, 40, (2, 5)), torch.arange(5)[None]
-    torch.library.opcheck(torch.ops.alula.embedding, (ids, packed, 40, None, None, None))
-    torch.library.opcheck(torch.ops.alula.embedding, (ids, packed, 40, position_ids, positions, ids))
+    torch.library.opcheck(torch.ops.alula.embedding, (ids, packed, 40, 24, None, None, None))
+    torch.library.opcheck(torch.ops.alula.embedding, (ids, packed, 40, 24, position_ids, positions, ids))
 
 
 def test_gradients_are_refused() -> None:

@@ -1,8 +1,8 @@
 """Shapes chosen to break kernels (nothing, one, a tile and its neighbours, primes, odd), then those of real models.
 
-The kernels work on tiles of 12 rows x 32 output columns, vectors of 8 or 16 lanes, pairs of K for bfloat16, and blocks
-of some hundreds of K: a list has the numbers on both sides of each. Every ISA runs the small lists; the real lists run
-on the best one.
+The kernels work on tiles of 4, 6 or 12 rows x 32 output columns, vectors of 4, 8 or 16 lanes, pairs of K for
+bfloat16, blocks of 192 or 384 of K, and at most 768 rows in one pass over the weights: a list has the numbers on both
+sides of each. Every ISA runs the small lists; the real lists run on the best one.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ LINEAR = [
     *(Linear(rows, 64, 48) for rows in (1, 12, 13)),
     *(Linear(1, *weight) for weight in WEIGHTS),
     *(Linear(13, *weight) for weight in WEIGHTS),
-    *(Linear(5, 40, k) for k in (255, 256, 257, 511, 512, 513, 767, 769, 1025)),
+    *(Linear(5, 40, k) for k in (191, 192, 193, 255, 257, 383, 384, 385, 511, 513, 769, 1025)),
     Linear(97, 97, 97),
     Linear(130, 70, 515),
+    Linear(769, 35, 9),
+    Linear(1601, 2, 5),
 ]
 
-# (rows, out, in) of SantaCoder, StarCoder, tiny_starcoder_py and GPT-2 sized layers, and two output matrices.
+# As in SantaCoder, StarCoder, tiny_starcoder_py and GPT-2 sized layers (of the widest a part), two output matrices.
 LINEAR_REAL = [
     Linear(1, 896, 768),
     Linear(9, 3072, 768),
@@ -60,9 +62,9 @@ LINEAR_REAL = [
     Linear(1, 3072, 1024),
     Linear(1, 2304, 2048),
     Linear(33, 2304, 2048),
-    Linear(2, 8192, 2048),
-    Linear(4, 2048, 8192),
-    Linear(1, 6400, 6144),
+    Linear(2, 4096, 2048),
+    Linear(4, 1024, 8192),
+    Linear(1, 1792, 6144),
     Linear(1, 49152, 768),
     Linear(2, 49280, 256),
 ]
@@ -99,14 +101,16 @@ ATTENTION_REAL = [
     Attention(1, 2, 130, 16, 16, 256),
 ]
 
-QKV = [  # (tokens in all, heads, kv heads, head_dim, width)
-    (1, 1, 1, 8, 8),
-    (5, 3, 1, 8, 24),
-    (13, 5, 5, 16, 80),
-    (7, 4, 2, 24, 96),
-    (12, 2, 1, 72, 31),
-    (3, 12, 1, 64, 768),
+QKV = [  # (heads, kv heads, head_dim, width)
+    (1, 1, 8, 8),
+    (3, 1, 8, 24),
+    (5, 5, 16, 80),
+    (4, 2, 24, 96),
+    (2, 1, 72, 31),
+    (12, 1, 64, 768),
 ]
+
+QKV_REAL = [(16, 1, 128, 2048), (12, 12, 64, 768), (25, 25, 64, 1600), (32, 8, 80, 512), (48, 1, 128, 256)]
 
 SOFTMAX = [
     Softmax(1, 1, 1, 1),
