@@ -1,0 +1,70 @@
+"""AutoModel classes: the model class that a checkpoint's ``model_type`` names."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+from alula.config import AutoConfig, PretrainedConfig
+from alula.models.base import PreTrainedModel
+from alula.models.gpt_bigcode import (
+    GPTBigCodeForCausalLM,
+    GPTBigCodeForSequenceClassification,
+    GPTBigCodeForTokenClassification,
+    GPTBigCodeModel,
+)
+
+__all__ = ["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
+
+
+class _AutoClass:
+    """``classes``: model_type -> class."""
+
+    classes: ClassVar[dict[str, type[PreTrainedModel]]] = {}
+
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise TypeError(f"{name} is not made directly; use {name}.from_pretrained(path) or {name}.from_config(config)")
+
+    @classmethod
+    def _class_for(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
+        if config.model_type not in cls.classes:
+            raise ValueError(
+                f"{cls.__name__} has no class for model_type {config.model_type!r}; accepted: {', '.join(cls.classes)}"
+            )
+        return cls.classes[config.model_type]
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """A model with random weights; see :meth:`PreTrainedModel.from_config`."""
+        return cls._class_for(config).from_config(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+        """Loads a folder into the class of its ``model_type``; see :meth:`PreTrainedModel.from_pretrained`."""
+        config = kwargs.get("config")
+        return cls._class_for(config or AutoConfig.from_pretrained(path)).from_pretrained(path, **kwargs)
+
+
+class AutoModel(_AutoClass):
+    """Base models."""
+
+    classes: ClassVar = {"gpt_bigcode": GPTBigCodeModel}
+
+
+class AutoModelForCausalLM(_AutoClass):
+    """Language models."""
+
+    classes: ClassVar = {"gpt_bigcode": GPTBigCodeForCausalLM}
+
+
+class AutoModelForSequenceClassification(_AutoClass):
+    """Classifiers of whole sequences."""
+
+    classes: ClassVar = {"gpt_bigcode": GPTBigCodeForSequenceClassification}
+
+
+class AutoModelForTokenClassification(_AutoClass):
+    """Classifiers of tokens."""
+
+    classes: ClassVar = {"gpt_bigcode": GPTBigCodeForTokenClassification}

@@ -1,0 +1,294 @@
+"""What every model class can do: be made, loaded, saved, moved between dtypes, resized, counted."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from alula.cache import KVCache
+from alula.config import PretrainedConfig, parse_dtype
+from alula.models.heads import LMHead
+from alula.models.layers import Embedding, Linear, Module
+from alula.weights import Checkpoint, StateDictSource, TensorSource, check_dtype, load_weights, save_weights
+
+__all__ = ["PreTrainedModel"]
+
+
+def _resolve_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = torch_dtype if dtype is None else dtype
+    return None if dtype is None or dtype == "auto" else check_dtype(parse_dtype(dtype))
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"device {str(device)!r} is not supported by this build; accepted: cpu")
+
+
+class PreTrainedModel(Module):
+    """Base of the model classes. Always in evaluation mode when made; dropout is never applied.
+
+    Subclasses set ``config_class``, ``ignored_tensors`` (a pattern of buffers that old checkpoints carry, without the
+    base model's prefix) and ``optional_weights`` (prefixes of head weights that are initialised, with a warning, where
+    a checkpoint lacks them).
+    """
+
+    config_class: ClassVar[type[PretrainedConfig]]
+    base_model_prefix: ClassVar[str] = "transformer"
+    ignored_tensors: ClassVar[re.Pattern[str]] = re.compile(r"(?!)")
+    optional_weights: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}"
+            )
+        config.validate()
+        self.config = config
+
+    # --- making and loading ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """A model with random weights, in ``dtype``, else the configuration's, else float32."""
+        return cls(config, dtype=_resolve_dtype(dtype, None) or config.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        config: PretrainedConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **overrides: Any,
+    ) -> PreTrainedModel:
+        """Loads a Hugging Face-format folder: config.json and safetensors (single or sharded) or pytorch_model.bin.
+
+        Args:
+            path: the folder.
+            config: used instead of the folder's.
+            dtype: float32, bfloat16, float16 or their names; None or "auto": the checkpoint's. ``torch_dtype`` is its
+                older name.
+            device: "cpu".
+            **overrides: values of the configuration to replace, such as ``num_labels=3``.
+
+        The weights are packed one by one out of a memory map: the process grows by little more than the packed model.
+        Raises FileNotFoundError for a missing file and ValueError for anything in it that does not fit, naming file
+        and tensor.
+        """
+        _check_device(device)
+        dtype = _resolve_dtype(dtype, torch_dtype)
+        if config is None:
+            values = cls.config_class.get_config_dict(path)
+            config = cls.config_class.from_dict(values)
+            unknown = [name for name in overrides if not hasattr(config, name)]
+            if unknown:
+                raise TypeError(f"from_pretrained got unknown arguments: {', '.join(unknown)}")
+            config = cls.config_class.from_dict(values, **overrides) if overrides else config
+        elif overrides:
+            raise TypeError(f"from_pretrained got a config and also values for it: {', '.join(overrides)}")
+        checkpoint = Checkpoint(path)
+        dtype = dtype or check_dtype(checkpoint.dtype(), f"{path}: weights of dtype")
+        model = cls(config, dtype=dtype, init_weights=False)
+        missing = load_weights(model, model.checkpoint_view(checkpoint), dtype, optional=cls.optional_weights).missing
+        if missing:
+            model.init_weights(missing)
+        config.dtype = dtype
+        return model
+
+    def init_weights(self, names: list[str] | None = None) -> None:
+        """Random values as Hugging Face draws them, for all weights or the named ones; torch's generator seeds them."""
+        raise RuntimeError(f"{type(self).__name__} does not say how its weights are initialised")
+
+    def checkpoint_view(self, source: TensorSource) -> TensorSource:
+        """The source under this family's present names and layout; families with older layouts override it."""
+        return source
+
+    def is_ignored_tensor(self, name: str) -> bool:
+        """Whether a checkpoint's tensor (named without the base model's prefix) is a buffer of no use here."""
+        return self.ignored_tensors.fullmatch(name) is not None
+
+    def tied_aliases(self) -> dict[str, str]:
+        """Names that repeat another weight: alias -> the weight's name."""
+        return {}
+
+    # --- saving ---------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike, max_shard_size: int | str = "50GB") -> None:
+        """Writes config.json and safetensors that Hugging Face transformers loads back with equal bits.
+
+        ``max_shard_size``: bytes or a text such as "5GB"; beyond it the weights go into shards with an index. Files are
+        written under temporary names and renamed once complete.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        save_weights(self.weight_slots(), folder, max_shard_size)
+        self.config.architectures = [type(self).__name__]
+        self.config.dtype = self.dtype
+        self.config.save_pretrained(folder)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Copies of all weights in the checkpoint's names and layout; a tied alias is the same tensor as its weight."""
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state = super().state_dict(*args, **kwargs)
+        for alias, target in self.tied_aliases().items():
+            state[prefix + alias] = state[prefix + target]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Fills the model from a dict of tensors, converted to the model's dtype; all is checked before any is written.
+
+        ``strict``: missing and unexpected names are a ValueError. ``assign`` makes no difference: weights are packed.
+        """
+        source = self.checkpoint_view(StateDictSource(state_dict))
+        optional = () if strict else ("",)
+        report = load_weights(self, source, self.dtype, optional=optional, strict=strict)
+        return _IncompatibleKeys(report.missing, report.unexpected)
+
+    # --- facts ----------------------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        return getattr(self, self.base_model_prefix, self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, and of what the model returns."""
+        return self.get_input_embeddings().dtype
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of weights, tied ones once. Nothing is trainable."""
+        if only_trainable:
+            return 0
+        slots = self.weight_slots().values()
+        return sum(
+            slot.nbytes // slot.dtype.itemsize
+            for slot in slots
+            if not (exclude_embeddings and slot.module is self.get_input_embeddings())
+        )
+
+    def decode_bytes(self) -> int:
+        """Bytes of weights read in one decode step: all but the embedding table, of which a step reads single rows,
+        unless it is the output projection too."""
+        total = 0
+        for slot in self.weight_slots().values():
+            if slot.name != "weight" or isinstance(slot.module, Linear) or len(slot.shape) == 1:
+                stored = slot.module.stored(slot.name)
+                total += (stored if isinstance(stored, Tensor) else stored.data).nbytes
+        head = self.get_output_embeddings()
+        if isinstance(head, LMHead) and head.is_tied:
+            total += head.stored("weight").data.nbytes
+        return total
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache that fits this model; ``max_length`` None: it grows by doubling."""
+        return KVCache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
+
+    # --- embeddings -----------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.base_model.wte
+
+    def set_input_embeddings(self, value: nn.Module | Tensor) -> None:
+        """Takes a table [V, E], or a module with such a weight. A tied output projection follows."""
+        table = self._as_table(value)
+        embedding = Embedding(*table.shape, self.dtype)
+        embedding.write("weight", table)
+        self._replace_input_embeddings(embedding)
+
+    def _replace_input_embeddings(self, embedding: Embedding) -> None:
+        head = self.get_output_embeddings()
+        if isinstance(head, LMHead) and head.is_tied:
+            self.lm_head = LMHead(embedding.embedding_dim, embedding.num_embeddings, embedding.dtype, embedding)
+        self.base_model.wte = embedding
+        self.config.vocab_size = embedding.num_embeddings
+
+    def get_output_embeddings(self) -> Linear | None:
+        return None
+
+    def set_output_embeddings(self, value: nn.Module | Tensor) -> None:
+        """Gives the output projection weights [V, E] of its own; a tied model becomes untied, and its configuration
+        says so."""
+        if self.get_output_embeddings() is None:
+            raise ValueError(f"{type(self).__name__} has no output embeddings")
+        table = self._as_table(value)
+        if table.shape[0] != self.config.vocab_size:
+            raise ValueError(f"output embeddings have {table.shape[0]} rows, the vocabulary {self.config.vocab_size}")
+        head = LMHead(table.shape[1], table.shape[0], self.dtype)
+        head.write("weight", table)
+        self.lm_head = head
+        self.config.tie_word_embeddings = False
+
+    def _as_table(self, value: nn.Module | Tensor) -> Tensor:
+        table = value if isinstance(value, Tensor) else getattr(value, "weight", None)
+        width = self.get_input_embeddings().embedding_dim
+        if not isinstance(table, Tensor) or table.dim() != 2 or table.shape[1] != width or not table.shape[0]:
+            got = list(table.shape) if isinstance(table, Tensor) else type(value).__name__
+            raise ValueError(f"embeddings given as {got}; accepted: a tensor or a module with a weight [V, {width}]")
+        return table.detach().to(self.dtype)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Embedding:
+        """Changes the vocabulary to ``new_num_tokens`` (None: as it is), rounded up to ``pad_to_multiple_of``.
+
+        New rows are the mean of the old ones (``mean_resizing``) or random with the configuration's
+        ``initializer_range``. An output projection of its own is resized alike. Returns the input embeddings.
+        """
+        old = self.get_input_embeddings().num_embeddings
+        for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r}; accepted: a positive integer or None")
+        count = old if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            count = -(-count // pad_to_multiple_of) * pad_to_multiple_of
+        if count != old:
+            head = self.get_output_embeddings()
+            own_head = None
+            if isinstance(head, LMHead) and not head.is_tied:
+                own_head = LMHead(head.in_features, count, self.dtype)
+                own_head.write("weight", self._resized(head.read("weight"), count, mean_resizing))
+            self.set_input_embeddings(self._resized(self.get_input_embeddings().read("weight"), count, mean_resizing))
+            if own_head is not None:
+                self.lm_head = own_head
+        return self.get_input_embeddings()
+
+    def _resized(self, table: Tensor, count: int, mean_resizing: bool) -> Tensor:
+        if count <= table.shape[0]:
+            return table[:count]
+        rows = table.new_empty(count - table.shape[0], table.shape[1])
+        if mean_resizing:
+            rows.copy_(table.mean(0, dtype=torch.float32).expand_as(rows))
+        else:
+            rows.normal_(std=self.config.initializer_range)
+        return torch.cat([table, rows])
+
+    # --- running --------------------------------------------------------------------------------------------
+
+    def check_inference(self, *inputs: Tensor | None) -> None:
+        """RuntimeError where a gradient would silently be missing: training mode with gradients on, or an input that
+        requires one."""
+        if torch.is_grad_enabled():
+            if self.training:
+                raise RuntimeError(
+                    "alula cannot train yet: the model is in training mode and gradients are enabled. Call "
+                    "model.eval(), or run under torch.no_grad()"
+                )
+            if any(tensor is not None and tensor.requires_grad for tensor in inputs):
+                raise RuntimeError(
+                    "alula has no backward yet: an input requires grad. Run under torch.no_grad(), or detach() it"
+                )

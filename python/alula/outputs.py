@@ -1,0 +1,106 @@
+"""What the models return: Hugging Face's output classes, read by attribute, by key or by index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from alula.cache import KVCache
+
+__all__ = [
+    "BaseModelOutputWithPastAndCrossAttentions",
+    "CausalLMOutputWithCrossAttentions",
+    "ModelOutput",
+    "SequenceClassifierOutputWithPast",
+    "TokenClassifierOutput",
+]
+
+
+class ModelOutput:
+    """A dataclass that is also a mapping and a tuple of those of its fields that are not None.
+
+    ``out.logits``, ``out["logits"]`` and ``out[0]`` read it; iteration, ``keys``, ``items`` and ``in`` go over names.
+    """
+
+    __slots__ = ()
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are not None, in order."""
+        return tuple(self.values())
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None]
+
+    def keys(self) -> list[str]:
+        return [name for name, _ in self.items()]
+
+    def values(self) -> list[Any]:
+        return [value for _, value in self.items()]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return dict(self.items()).get(name, default)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            for name, value in self.items():
+                if name == key:
+                    return value
+            raise KeyError(key)
+        return self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.items())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+
+@dataclass(slots=True, eq=False)
+class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
+    """``last_hidden_state`` [B, T, E]; ``hidden_states`` L + 1 of [B, T, E]; ``attentions`` L of [B, H, T, S]."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class CausalLMOutputWithCrossAttentions(ModelOutput):
+    """``logits`` [B, T', V] for the T' positions asked for; ``loss`` a float32 scalar if labels were given."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class SequenceClassifierOutputWithPast(ModelOutput):
+    """``logits`` [B, num_labels]."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class TokenClassifierOutput(ModelOutput):
+    """``logits`` [B, T, num_labels]."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
