@@ -6,7 +6,9 @@ STABLE_TORCH_LIBRARY(alula, m) {
   m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
   m.def("embedding(Tensor input_ids, Tensor packed, int num_embeddings, int embedding_dim, Tensor? position_ids, Tensor? position_table, Tensor? token_type_ids) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, int out_features, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int activation, Tensor? residual) -> Tensor");
-  m.def("qkv_projection(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int num_heads, int num_kv_heads, int head_dim, Tensor(a!) kv_cache, Tensor positions) -> Tensor");
+  m.def("qkv_projection(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int num_heads, int num_kv_heads, int head_dim, Tensor(a!) kv_cache, Tensor positions, Tensor? rotary_table=None, Tensor? rotary_positions=None, Tensor(b!)? mlp=None, int mlp_activation=0) -> Tensor");
+  m.def("rotary(Tensor q, Tensor k, Tensor positions, Tensor table, bool is_interleaved) -> (Tensor, Tensor)");
+  m.def("rotary_(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor table, bool is_interleaved) -> ()");
   m.def("attention(Tensor q, Tensor kv_cache, Tensor positions, Tensor lengths, Tensor? mask, Tensor? head_mask, float scale, bool causal) -> Tensor");
   m.def("scaled_masked_softmax(Tensor scores, Tensor? mask, float scale, bool causal, ScalarType? dtype) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");

@@ -43,6 +43,10 @@ void run_panel_gemm(const PanelGemmArgs& args, const PanelGemmKernels& kernels, 
   parallel_parts(across * down, [&](int64_t part) { run(part, packed); });
 }
 
+inline void check_activation(int64_t code) {
+  ALULA_CHECK(code >= 0 && code <= 5, "activation code ", code, " is unknown; accepted: 0 to 5 (alula.ops.ACTIVATIONS)");
+}
+
 // Checks a packed weight against N and K and returns its dtype.
 inline DType check_packed_weight(const Tensor& weight, int64_t out_features, int64_t in_features) {
   check_cpu(weight, "weight");

@@ -60,9 +60,6 @@ ALULA_INLINE Vec erfc_of_abs(Vec x) {
   return t * exp(fnma(z, z, p));
 }
 
-// The activations by the code that ops.py's ACTIVATIONS gives them.
-enum class Activation : int { kNone = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3, kSilu = 4, kTanh = 5 };
-
 // 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): one exp and no cancellation for negative x.
 // The argument is clamped: beyond 90 the sigmoid is 0 or 1 in fp32, and x^3 of a large x would overflow to inf - inf.
 ALULA_INLINE Vec gelu_tanh(Vec x) {

@@ -1,4 +1,4 @@
-// Checks of the merged key/value cache and of what goes with it, shared by qkv_projection and attention.
+// Checks of the merged key/value cache, of positions and of rotary tables, shared by the ops of attention.
 #pragma once
 
 #include "core/tensor.h"
@@ -28,6 +28,24 @@ inline Tensor checked_positions(const Tensor& positions, int64_t batch, int64_t 
   check_shape(positions, "positions", {batch, tokens}, "[B, T]");
   check_dtype(positions, "positions", ScalarType::Int, "an index");
   return as_contiguous(positions);
+}
+
+// fp32 [P, rotary_dim]: cosines, then sines; contiguous on return.
+inline Tensor checked_rotary_table(const Tensor& table, int64_t head_dim) {
+  check_cpu(table, "rotary_table");
+  check_dtype(table, "rotary_table", ScalarType::Float, "a table of angles");
+  ALULA_CHECK(table.dim() == 2 && table.size(1) > 0 && table.size(1) % 2 == 0 && table.size(1) <= head_dim,
+              "rotary_table has shape ", shape_of(table),
+              "; expected [positions, rotary_dim] with an even rotary_dim of at most head_dim ", head_dim);
+  return as_contiguous(table);
+}
+
+inline void check_rotary_positions(const Tensor& positions, const Tensor& table) {
+  const auto* data = static_cast<const int32_t*>(positions.const_data_ptr());
+  for (int64_t i = 0; i < positions.numel(); i++) {
+    ALULA_CHECK(data[i] >= 0 && data[i] < table.size(0), "rotary positions hold ", data[i], "; accepted: 0 to ",
+                table.size(0) - 1, ", the rows of rotary_table");
+  }
 }
 
 }  // namespace alula

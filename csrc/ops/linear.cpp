@@ -15,7 +15,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t out_features, const
   const int64_t k = x.size(x.dim() - 1);
   const DType dtype = check_packed_weight(weight, out_features, k);
   check_dtype(x, "x", weight.scalar_type(), "the weight");
-  ALULA_CHECK(activation >= 0 && activation <= 5, "activation code ", activation, " is unknown; accepted: 0 to 5");
+  check_activation(activation);
   ALULA_CHECK(norm_weight || !norm_bias, "norm_bias is given without norm_weight; give both, or norm_weight alone");
   const OptionalTensor b = feature_vector(bias, "bias", out_features, weight, "the weight");
   const OptionalTensor nw = feature_vector(norm_weight, "norm_weight", k, weight, "the weight");

@@ -1,29 +1,11 @@
 // linear on the CPU: the epilogue of cpu/panel_gemm.h that adds bias, applies the activation and adds the residual.
 #include "ops/linear.h"
 
+#include "cpu/activation.h"
 #include "cpu/panel_gemm.h"
-#include "cpu/vec_math.h"
 
 namespace alula::ALULA_ISA {
 namespace {
-
-template <Activation kActivation>
-ALULA_INLINE Vec activate(Vec x) {
-  switch (kActivation) {
-    case Activation::kNone:
-      return x;
-    case Activation::kGeluTanh:
-      return gelu_tanh(x);
-    case Activation::kGelu:
-      return gelu(x);
-    case Activation::kRelu:
-      return relu(x);
-    case Activation::kSilu:
-      return silu(x);
-    case Activation::kTanh:
-      return tanh(x);
-  }
-}
 
 template <typename W, Activation kActivation>
 void write_rows(const LinearArgs& args, int64_t row, int64_t panel, int64_t rows, const float* c) {

@@ -11,12 +11,14 @@ namespace alula {
 Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
                       int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, const Tensor& kv_cache,
-                      const Tensor& positions) {
+                      const Tensor& positions, const OptionalTensor& rotary_table,
+                      const OptionalTensor& rotary_positions, const OptionalTensor& mlp, int64_t mlp_activation) {
   check_cpu(x, "x");
   ALULA_CHECK(x.dim() == 3, "x has shape ", shape_of(x), "; expected [B, T, E]");
   const int64_t batch = x.size(0), tokens = x.size(1), k = x.size(2);
   check_heads(num_heads, num_kv_heads, head_dim);
-  const int64_t n = (num_heads + 2 * num_kv_heads) * head_dim;
+  const int64_t mlp_features = mlp ? mlp->size(mlp->dim() - 1) : 0;
+  const int64_t n = (num_heads + 2 * num_kv_heads) * head_dim + mlp_features;
   const DType dtype = check_packed_weight(weight, n, k);
   check_dtype(x, "x", weight.scalar_type(), "the weight");
   ALULA_CHECK(norm_weight || !norm_bias, "norm_bias is given without norm_weight; give both, or norm_weight alone");
@@ -32,6 +34,24 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
                 kv_cache.size(2));
   }
 
+  ALULA_CHECK(rotary_table.has_value() == rotary_positions.has_value(),
+              "rotary_table and rotary_positions go together; one of them is missing");
+  OptionalTensor table, turns;
+  if (rotary_table) {
+    table = checked_rotary_table(*rotary_table, head_dim);
+    turns = checked_positions(*rotary_positions, batch, tokens);
+    check_rotary_positions(*turns, *table);
+  }
+  if (mlp) {
+    check_cpu(*mlp, "mlp");
+    check_shape(*mlp, "mlp", {batch, tokens, -1}, "[B, T, F]");
+    check_dtype(*mlp, "mlp", weight.scalar_type(), "the weight");
+    const bool has_even_rows = mlp->stride(2) == 1 && (batch == 1 || mlp->stride(0) == tokens * mlp->stride(1));
+    ALULA_CHECK(has_even_rows, "mlp has strides that do not make one sequence of token rows; give a contiguous tensor or "
+                "a range of the last dimension of one");
+  }
+  check_activation(mlp_activation);
+
   const Tensor input = as_contiguous(x);
   Tensor q = torch::stable::empty({batch, tokens, num_heads, head_dim}, x.scalar_type());
   const QkvProjectionArgs args = {
@@ -45,6 +65,12 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
       .kv_cache = kv_cache.mutable_data_ptr(),
       .kv_strides = {kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2)},
       .positions = slot,
+      .rotary_table = static_cast<const float*>(data_or_null(table)),
+      .rotary_positions = static_cast<const int32_t*>(data_or_null(turns)),
+      .rotary_dim = table ? table->size(1) : 0,
+      .mlp = mlp ? mlp->mutable_data_ptr() : nullptr,
+      .mlp_stride = mlp ? mlp->stride(1) : 0,
+      .mlp_activation = static_cast<int>(mlp_activation),
   };
   const QkvProjectionKernels& kernels = ALULA_KERNELS(kQkvProjection);
   run_panel_gemm(args.gemm, kernels.gemm, [&](const void* packed, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {

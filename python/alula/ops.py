@@ -26,6 +26,8 @@ __all__ = [
     "linear",
     "pack",
     "qkv_projection",
+    "rotary",
+    "rotary_table",
     "scaled_masked_softmax",
 ]
 
@@ -166,18 +168,26 @@ def qkv_projection(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    rotary_table: Tensor | None = None,
+    rotary_positions: Tensor | None = None,
+    mlp: Tensor | None = None,
+    mlp_activation: str = "none",
 ) -> Tensor:
-    """Layer norm, QKV product, bias, split, and the write of key and value into the merged cache, in one call.
+    """Layer norm, QKV product, bias, split, rotary, and the write of key and value into the merged cache, in one call.
 
     Args:
         x: [B, T, E]. weight: packed, rows ``[q (H*D) | k (G*D) | v (G*D)]``. bias: [(H + 2*G)*D].
         kv_cache: [B, G, S, 2*D], written in place: key in ``[..., :D]``, value in ``[..., D:]``.
         positions: int32 [B, T]; token t of row b is written at ``kv_cache[b, :, positions[b, t]]``, a negative
             position means padding and writes nothing.
+        rotary_table: float32 [P, rotary_dim] of :func:`rotary_table`; turns query and key (interleaved pairs) by the
+            angles of ``rotary_positions``, int32 [B, T], before the key is written.
+        mlp: [B, T, F], written: for a block whose MLP reads the same normed input (CodeGen), ``weight`` and ``bias`` have
+            F more rows, and their activated product goes here. May be a range of a wider tensor's last dimension.
 
     Returns: the query, [B, T, H, D].
     """
-    _refuse_grad(x, bias, kv_cache, norm_weight, norm_bias)
+    _refuse_grad(x, bias, kv_cache, norm_weight, norm_bias, mlp)
     return torch.ops.alula.qkv_projection(
         x,
         weight.data,
@@ -190,7 +200,40 @@ def qkv_projection(
         head_dim,
         kv_cache,
         positions,
+        rotary_table,
+        rotary_positions,
+        mlp,
+        _activation_code(mlp_activation),
     )
+
+
+def rotary_table(num_positions: int, rotary_dim: int, base: float = 10000.0, *, device: str | None = None) -> Tensor:
+    """Cosines, then sines, of the angles ``position * base ** (-2 i / rotary_dim)``: float32 [num_positions, rotary_dim]."""
+    if rotary_dim <= 0 or rotary_dim % 2:
+        raise ValueError(f"rotary_dim is {rotary_dim}; it must be even and positive")
+    inverse = 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=device).float() / rotary_dim)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), inverse)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary(
+    q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, interleaved: bool = True, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of query and key in one pass (Su et al. 2021, RoFormer).
+
+    Args:
+        q: [B, T, H, D]. k: [B, T, G, D]. The first rotary_dim values of each head turn, the others stay.
+        positions: int32 [B, T], rows of ``table``. table: float32 [P, rotary_dim] from :func:`rotary_table`.
+        interleaved: pairs (0, 1), (2, 3), ... as GPT-J and CodeGen; else (0, r/2), (1, r/2 + 1), ... as GPT-NeoX.
+        inplace: write into ``q`` and ``k`` (contiguous last dimension) and return them.
+
+    Returns: turned q and k, of the dtype given; angles and products are float32.
+    """
+    _refuse_grad(q, k)
+    if inplace:
+        torch.ops.alula.rotary_(q, k, positions, table, interleaved)
+        return q, k
+    return torch.ops.alula.rotary(q, k, positions, table, interleaved)
 
 
 def attention(
@@ -294,8 +337,18 @@ def _(x, weight, out_features, bias, norm_weight, norm_bias, norm_eps, activatio
 
 
 @torch.library.register_fake("alula::qkv_projection")
-def _(x, weight, bias, norm_weight, norm_bias, norm_eps, num_heads, num_kv_heads, head_dim, kv_cache, positions):
+def _(x, weight, bias, norm_weight, norm_bias, norm_eps, num_heads, num_kv_heads, head_dim, kv_cache, positions, *_):
     return x.new_empty([x.shape[0], x.shape[1], num_heads, head_dim])
+
+
+@torch.library.register_fake("alula::rotary")
+def _(q, k, positions, table, is_interleaved):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.register_fake("alula::rotary_")
+def _(q, k, positions, table, is_interleaved):
+    return None
 
 
 @torch.library.register_fake("alula::attention")

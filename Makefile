@@ -1,0 +1,52 @@
+# make demo   set up .venv, build, and complete a line of Python with the model inside the package
+# make test   the same set-up, then the test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CXX_FILES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+
+.PHONY: demo test bench lint format wheel build clean help
+
+help:
+	@sed -n 's/^# //p' Makefile
+	@echo "also: build, bench, lint, format, wheel, clean"
+
+demo: build
+	@$(BIN)/alula generate "def fibonacci(n):"
+
+test: build $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Kernels against PyTorch and the machine's limits; `alula bench model` (extra [bench]) compares whole models.
+bench: build $(VENV)/.test
+	$(BIN)/alula bench ops
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.run
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# Installed in place: Python files are used from the checkout, compiled files are put beside them. Ninja rebuilds what changed.
+build: $(VENV)/.run
+	$(PIP) --no-build-isolation --no-deps --editable .
+
+$(VENV)/.run: requirements.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.test: requirements-test.txt $(VENV)/.run
+	$(PIP) -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) python/alula/*.so python/*.egg-info
