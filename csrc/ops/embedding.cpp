@@ -1,5 +1,6 @@
 #include "ops/embedding.h"
 
+#include <algorithm>
 #include <array>
 
 #include "core/tensor.h"
@@ -21,6 +22,10 @@ Tensor checked_ids(const Tensor& ids, const char* name, int64_t limit, const cha
   return checked;
 }
 
+bool same_shape(const Tensor& a, const Tensor& b) {
+  return std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin(), b.sizes().end());
+}
+
 }  // namespace
 
 Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embeddings, int64_t embedding_dim,
@@ -38,13 +43,14 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
     table = as_contiguous(position_table);
     positions = checked_ids(*position_ids, "position_ids", table->size(0), "the number of positions");
     // The same positions for every row of the batch, or one for each token.
-    const int64_t count = positions->numel();
-    ALULA_CHECK(count == ids.numel() || (ids.dim() >= 1 && count == ids.size(ids.dim() - 1)), "position_ids has shape ",
-                shape_of(*position_ids), "; expected that of input_ids, ", shape_of(input_ids), ", or one row of it");
+    const bool one_row = ids.dim() >= 1 && positions->dim() >= 1 && positions->numel() == ids.size(ids.dim() - 1) &&
+                         positions->size(positions->dim() - 1) == positions->numel();
+    ALULA_CHECK(one_row || same_shape(*positions, ids), "position_ids has shape ", shape_of(*position_ids),
+                "; expected that of input_ids, ", shape_of(input_ids), ", or one row of it");
   }
   if (token_type_ids) {
     types = checked_ids(*token_type_ids, "token_type_ids", num_embeddings, "the number of embeddings");
-    ALULA_CHECK(types->numel() == ids.numel(), "token_type_ids has shape ", shape_of(*token_type_ids),
+    ALULA_CHECK(same_shape(*types, ids), "token_type_ids has shape ", shape_of(*token_type_ids),
                 "; expected that of input_ids, ", shape_of(input_ids));
   }
 

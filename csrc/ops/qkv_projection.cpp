@@ -27,6 +27,10 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   const OptionalTensor nb = feature_vector(norm_bias, "norm_bias", k, weight, "the weight");
   check_kv_cache(kv_cache, batch, num_kv_heads, head_dim);
   check_dtype(kv_cache, "kv_cache", weight.scalar_type(), "the weight");
+  for (int64_t i = 0; i < 3; i++) {
+    ALULA_CHECK(kv_cache.size(i) <= 1 || kv_cache.stride(i) != 0, "kv_cache is expanded: its dimension ", i,
+                " has stride 0, so that its entries share memory; it is written to, give it memory of its own");
+  }
   const Tensor slots = checked_positions(positions, batch, tokens);
   const auto* slot = static_cast<const int32_t*>(slots.const_data_ptr());
   for (int64_t i = 0; i < batch * tokens; i++) {

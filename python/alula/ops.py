@@ -311,6 +311,17 @@ def layer_norm(
 # --- shapes and dtypes without data, for torch.compile, export and the meta device ---------------------------------
 
 
+def _same_device(**tensors: Tensor | None) -> None:
+    """A real tensor beside one on the meta device comes here, too, and must not get an uninitialized result."""
+    given = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    for name, device in given[1:]:
+        if device != given[0][1]:
+            raise RuntimeError(
+                f"{name} is on device {device} and {given[0][0]} on device {given[0][1]}; "
+                "all tensors of one call must be on the same device"
+            )
+
+
 def _packed_shape(n: int, k: int, dtype: torch.dtype) -> list[int]:
     panels = (n + 31) // 32
     return [panels, (k + 1) // 2, 32, 2] if dtype == torch.bfloat16 else [panels, k, 32]
@@ -328,16 +339,33 @@ def _(packed, out_features, in_features):
 
 @torch.library.register_fake("alula::embedding")
 def _(input_ids, packed, num_embeddings, embedding_dim, position_ids, position_table, token_type_ids):
+    _same_device(
+        input_ids=input_ids,
+        packed=packed,
+        position_ids=position_ids,
+        position_table=position_table,
+        token_type_ids=token_type_ids,
+    )
     return packed.new_empty([*input_ids.shape, embedding_dim])
 
 
 @torch.library.register_fake("alula::linear")
 def _(x, weight, out_features, bias, norm_weight, norm_bias, norm_eps, activation, residual):
+    _same_device(x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual)
     return x.new_empty([*x.shape[:-1], out_features])
 
 
 @torch.library.register_fake("alula::qkv_projection")
 def _(x, weight, bias, norm_weight, norm_bias, norm_eps, num_heads, num_kv_heads, head_dim, kv_cache, positions, *_):
+    _same_device(
+        x=x,
+        weight=weight,
+        bias=bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        kv_cache=kv_cache,
+        positions=positions,
+    )
     return x.new_empty([x.shape[0], x.shape[1], num_heads, head_dim])
 
 
@@ -353,14 +381,17 @@ def _(q, k, positions, table, is_interleaved):
 
 @torch.library.register_fake("alula::attention")
 def _(q, kv_cache, positions, lengths, mask, head_mask, scale, causal):
+    _same_device(q=q, kv_cache=kv_cache, positions=positions, lengths=lengths, mask=mask, head_mask=head_mask)
     return q.new_empty([q.shape[0], q.shape[1], q.shape[2] * q.shape[3]])
 
 
 @torch.library.register_fake("alula::scaled_masked_softmax")
 def _(scores, mask, scale, causal, dtype):
+    _same_device(scores=scores, mask=mask)
     return torch.empty(scores.shape, dtype=dtype or scores.dtype, device=scores.device)
 
 
 @torch.library.register_fake("alula::layer_norm")
 def _(x, weight, bias, eps, residual):
+    _same_device(x=x, weight=weight, bias=bias, residual=residual)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
