@@ -1,5 +1,60 @@
 """alula: GPTBigCode, GPT-2, CodeGen and BigBird on hand-written kernels, from their Hugging Face checkpoints."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from alula._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from alula import ops
+    from alula.cache import KVCache
+    from alula.config import AutoConfig, GPTBigCodeConfig
+    from alula.models import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        GPTBigCodeForCausalLM,
+        GPTBigCodeForSequenceClassification,
+        GPTBigCodeForTokenClassification,
+        GPTBigCodeModel,
+    )
+
+# Where each public name lives. Modules are imported when a name of theirs is first used, so that `import alula` costs nothing.
+_EXPORTS = {
+    "alula": ["ops"],
+    "alula.cache": ["KVCache"],
+    "alula.config": ["AutoConfig", "GPTBigCodeConfig"],
+    "alula.models": [
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "GPTBigCodeForCausalLM",
+        "GPTBigCodeForSequenceClassification",
+        "GPTBigCodeForTokenClassification",
+        "GPTBigCodeModel",
+    ],
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'alula' has no attribute {name!r}")
+    value = (
+        importlib.import_module(f"alula.{name}")
+        if module == "alula"
+        else getattr(importlib.import_module(module), name)
+    )
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
