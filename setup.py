@@ -1,4 +1,7 @@
-"""Builds the compiled halves of alula with CMake and Ninja. Metadata is in pyproject.toml, compiler flags in CMakeLists.txt."""
+"""Builds the compiled halves of alula with CMake and Ninja.
+
+Metadata is in pyproject.toml, compiler flags are in CMakeLists.txt.
+"""
 
 import os
 import runpy
@@ -15,7 +18,7 @@ VERSION = runpy.run_path(str(ROOT / "python/alula/_version.py"))["__version__"]
 
 
 class CMakeBuild(build_ext):
-    """One CMake build makes libalula.so (the ops) and _C (the pybind11 module); both are installed beside the package."""
+    """One CMake build makes libalula.so (the ops) and _C (pybind11); both are put beside the package."""
 
     def build_extension(self, ext: Extension) -> None:
         if shutil.which("cmake") is None:

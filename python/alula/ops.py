@@ -208,7 +208,10 @@ def qkv_projection(
 
 
 def rotary_table(num_positions: int, rotary_dim: int, base: float = 10000.0, *, device: str | None = None) -> Tensor:
-    """Cosines, then sines, of the angles ``position * base ** (-2 i / rotary_dim)``: float32 [num_positions, rotary_dim]."""
+    """Cosines, then sines, of the angles ``position * base ** (-2 i / rotary_dim)``.
+
+    Returns: float32 [num_positions, rotary_dim].
+    """
     if rotary_dim <= 0 or rotary_dim % 2:
         raise ValueError(f"rotary_dim is {rotary_dim}; it must be even and positive")
     inverse = 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=device).float() / rotary_dim)
