@@ -7,22 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from alula._version import __version__
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what editors see
     from alula import ops
-    from alula.cache import KVCache
-    from alula.config import AutoConfig, GPTBigCodeConfig
-    from alula.models import (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-        GPTBigCodeForCausalLM,
-        GPTBigCodeForSequenceClassification,
-        GPTBigCodeForTokenClassification,
-        GPTBigCodeModel,
-    )
+    from alula.cache import *
+    from alula.config import *
+    from alula.models import *
 
-# Where each public name lives. Modules are imported when a name of theirs is first used, so that `import alula` costs nothing.
+# Where each public name lives. Modules are imported when a name of theirs is first used: `import alula` costs nothing.
 _EXPORTS = {
     "alula": ["ops"],
     "alula.cache": ["KVCache"],
@@ -40,7 +31,7 @@ _EXPORTS = {
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -182,8 +182,8 @@ def qkv_projection(
             position means padding and writes nothing.
         rotary_table: float32 [P, rotary_dim] of :func:`rotary_table`; turns query and key (interleaved pairs) by the
             angles of ``rotary_positions``, int32 [B, T], before the key is written.
-        mlp: [B, T, F], written: for a block whose MLP reads the same normed input (CodeGen), ``weight`` and ``bias`` have
-            F more rows, and their activated product goes here. May be a range of a wider tensor's last dimension.
+        mlp: [B, T, F], written: for a block whose MLP reads the same normed input (CodeGen), ``weight`` and ``bias``
+            have F more rows, and their activated product goes here. May be a range of a wider tensor's last dimension.
 
     Returns: the query, [B, T, H, D].
     """
