@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what editors see
     from alula import ops
     from alula.cache import *
     from alula.config import *
+    from alula.generation_config import *
     from alula.models import *
 
 # Where each public name lives. Modules are imported when a name of theirs is first used: `import alula` costs nothing.
@@ -18,6 +19,7 @@ _EXPORTS = {
     "alula": ["ops"],
     "alula.cache": ["KVCache"],
     "alula.config": ["AutoConfig", "GPTBigCodeConfig"],
+    "alula.generation_config": ["GenerationConfig"],
     "alula.models": [
         "AutoModel",
         "AutoModelForCausalLM",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alula.cache import KVCache
 from alula.config import GPTBigCodeConfig
+from alula.generation import GenerationMixin
 from alula.models.base import PreTrainedModel
 from alula.models.decoder import DecoderModel, DecoderRun
 from alula.models.heads import (
@@ -215,7 +216,7 @@ class _GPTBigCodeWithHead(GPTBigCodePreTrainedModel):
         return run._replace(hidden_states=(*run.hidden_states, self.transformer.ln_f(run.hidden)))
 
 
-class GPTBigCodeForCausalLM(_GPTBigCodeWithHead):
+class GPTBigCodeForCausalLM(GenerationMixin, _GPTBigCodeWithHead):
     """Language model: logits over the vocabulary, from the embedding table where ``tie_word_embeddings``."""
 
     def __init__(
@@ -284,12 +285,6 @@ class GPTBigCodeForCausalLM(_GPTBigCodeWithHead):
             loss = causal_lm_loss(logits, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
         output = CausalLMOutputWithCrossAttentions(loss, logits, run.cache, run.hidden_states, run.attentions)
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
-
-    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Continues token ids; see :func:`alula.generation.generate`."""
-        from alula.generation import generate
-
-        return generate(self, *args, **kwargs)
 
 
 class GPTBigCodeForSequenceClassification(_GPTBigCodeWithHead):
