@@ -1,0 +1,91 @@
+"""The command line: `alula generate`, `alula info`, `alula bench`.
+
+Exit codes: 0 done, 2 an error that one line on standard error explains, 130 Ctrl-C, 141 the reader of the output left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from alula._version import __version__
+from alula.commands import CommandError, generate, info
+
+__all__ = ["main"]
+
+_DESCRIPTION = "Run GPTBigCode models (SantaCoder, StarCoder) from their Hugging Face checkpoints, fast."
+_EXAMPLES = """\
+examples:
+  alula generate "def fibonacci(n):"                   the small model that ships with alula
+  alula generate --model starcoder --stop $'\\n\\n' < start_of_file.py
+  alula generate --batch-file prompts.txt --json       one JSON object a prompt
+  alula info                                           versions, instruction sets, threads, GPUs
+  alula bench --help                                   times kernels and models against their peers
+
+`alula COMMAND --help` lists the options of a command.
+"""
+_EXPECTED = (CommandError, ValueError, OSError, ImportError, RuntimeError, MemoryError)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (`{self.prog} --help` lists what is accepted)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line with `argv` (default: that of the process) and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _say("alula: stopped by Ctrl-C")
+        return 130
+    except BrokenPipeError:
+        # Nobody reads on: give the interpreter somewhere harmless to flush to when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except _EXPECTED as error:
+        if os.environ.get("ALULA_LOG", "0") not in ("", "0"):
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        _say(f"alula: error: {message}")
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    if argv[:1] == ["bench"]:
+        from alula.bench.run import main as bench
+
+        return bench(argv[1:]) or 0
+    parser = _make_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="alula", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"alula {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, module, summary in (
+        ("generate", generate, "continue a text"),
+        ("info", info, "print versions, instruction sets, threads, CUDA build, GPUs"),
+    ):
+        sub = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    commands.add_parser("bench", help="time kernels and models against their peers", add_help=False)
+    return parser
+
+
+def _say(line: str) -> None:
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
