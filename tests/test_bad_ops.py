@@ -155,6 +155,15 @@ def test_linear(change: Callable[[], Change], words: tuple[str, ...]) -> None:
     raises(ops.linear, linear_arguments(), change(), *words)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [7, 8, 10])
+def test_linear_width_that_packing_would_hide(width: int, dtype: torch.dtype) -> None:
+    """Packed in pairs, bfloat16 weights of 9 and of 10 input features look the same."""
+    weight = ops.pack(zeros(40, 9, dtype=dtype))
+    with pytest.raises(ERRORS, match=rf"\b{width}\b.*\b9\b"):
+        ops.linear(zeros(2, width, dtype=dtype), weight)
+
+
 @pytest.mark.parametrize("code", [-1, 6, 1000])
 def test_linear_activation_code(code: int) -> None:
     x, packed = zeros(2, 8), ops.pack(zeros(4, 8)).data
@@ -177,18 +186,23 @@ def qkv_arguments() -> Change:
     }
 
 
+def of_head_dim(head_dim: int) -> Change:
+    weight = ops.pack(zeros(5 * head_dim, 8))
+    return {"head_dim": head_dim, "weight": weight, "bias": None, "kv_cache": zeros(2, 1, 6, 2 * head_dim)}
+
+
 @cases(
     ("x with two dimensions", lambda: {"x": zeros(6, 8)}, ("x", r"\[6, 8\]", r"B, T, E")),
     ("x of another width", lambda: {"x": zeros(2, 3, 9)}, (r"\b9\b", r"\b8\b")),
     ("x of another dtype", lambda: {"x": zeros(2, 3, 8).half()}, ("x", "(?i)half|float16")),
     ("x on another device", lambda: {"x": meta(2, 3, 8)}, ("x", "device")),
-    ("heads that do not add up", lambda: {"num_heads": 4}, (r"\b48\b|heads",)),
+    ("heads that do not add up", lambda: {"num_heads": 4, "bias": None}, ("num_heads", r"\b48\b", r"\b40\b")),
     ("heads that kv heads do not divide", lambda: {"num_kv_heads": 2}, ("num_heads", "num_kv_heads")),
     ("no heads", lambda: {"num_heads": 0}, ("num_heads",)),
     ("negative heads", lambda: {"num_heads": -3}, ("num_heads",)),
     ("no kv heads", lambda: {"num_kv_heads": 0}, ("num_kv_heads",)),
-    ("head_dim not a multiple of 8", lambda: {"head_dim": 12}, ("head_dim", "12", "multiple", "256")),
-    ("head_dim too large", lambda: {"head_dim": 264}, ("head_dim", "264", "256")),
+    ("head_dim not a multiple of 8", lambda: of_head_dim(12), ("head_dim", "12", "multiple", "256")),
+    ("head_dim too large", lambda: of_head_dim(264), ("head_dim", "264", "256")),
     ("head_dim 0", lambda: {"head_dim": 0}, ("head_dim",)),
     ("bias of another shape", lambda: {"bias": zeros(24)}, ("bias", r"\[24\]", r"\b40\b")),
     ("norm_bias alone", lambda: {"norm_weight": None}, ("norm_bias", "norm_weight")),
@@ -220,6 +234,81 @@ def test_qkv_projection(change: Callable[[], Change], words: tuple[str, ...]) ->
     with pytest.raises(ERRORS):
         ops.qkv_projection(**{**arguments, **changed})
     assert cache.is_meta or (cache == 0).all()  # refused before anything was written
+
+
+def qkv_parallel_arguments() -> Change:
+    return {
+        **qkv_arguments(),
+        "weight": ops.pack(torch.randn(45, 8)),
+        "bias": None,
+        "rotary_table": zeros(9, 4),
+        "rotary_positions": index(2, 3, fill=8),
+        "mlp": zeros(2, 3, 5),
+        "mlp_activation": "relu",
+    }
+
+
+@cases(
+    ("table without positions", lambda: {"rotary_positions": None}, ("rotary_table", "rotary_positions")),
+    ("positions without a table", lambda: {"rotary_table": None}, ("rotary_table", "rotary_positions")),
+    ("table with an odd width", lambda: {"rotary_table": zeros(9, 3)}, ("rotary_table", r"\[9, 3\]", "even")),
+    ("table wider than a head", lambda: {"rotary_table": zeros(9, 10)}, ("rotary_table", r"\[9, 10\]", r"\b8\b")),
+    ("table of another dtype", lambda: {"rotary_table": zeros(9, 4).half()}, ("rotary_table", "(?i)half|float16")),
+    ("table on another device", lambda: {"rotary_table": meta(9, 4)}, ("rotary_table", "device")),
+    ("position beyond the table", lambda: {"rotary_positions": index(2, 3, fill=9)}, ("position", r"\b9\b", r"\b8\b")),
+    ("negative position", lambda: {"rotary_positions": index(2, 3, fill=-1)}, ("position", "-1")),
+    ("positions of another shape", lambda: {"rotary_positions": index(1, 3)}, ("position", r"\[1, 3\]")),
+    ("mlp of another shape", lambda: {"mlp": zeros(3, 2, 5)}, ("mlp", r"\[3, 2, 5\]")),
+    ("mlp of another width", lambda: {"mlp": zeros(2, 3, 4)}, ("mlp", r"\b44\b", r"\b45\b")),
+    ("mlp without dimensions", lambda: {"mlp": torch.tensor(0.0)}, ("mlp",)),
+    ("mlp of another dtype", lambda: {"mlp": zeros(2, 3, 5).half()}, ("mlp", "(?i)half|float16")),
+    ("mlp with strides", lambda: {"mlp": zeros(2, 3, 10)[..., ::2]}, ("mlp", "stride|contiguous")),
+    ("mlp expanded", lambda: {"mlp": zeros(1, 1, 5).expand(2, 3, 5)}, ("mlp",)),
+    ("mlp on another device", lambda: {"mlp": meta(2, 3, 5)}, ("mlp", "device")),
+    ("unknown activation", lambda: {"mlp_activation": "relo"}, ("relo", "relu")),
+)
+def test_qkv_projection_of_the_parallel_block(change: Callable[[], Change], words: tuple[str, ...]) -> None:
+    arguments = qkv_parallel_arguments()
+    changed = change()
+    raises(ops.qkv_projection, arguments, changed, *words)
+    cache, mlp = arguments["kv_cache"].zero_(), changed.get("mlp", arguments["mlp"]).zero_()
+    with pytest.raises(ERRORS):
+        ops.qkv_projection(**{**arguments, **changed})
+    assert (cache == 0).all()
+    assert mlp.is_meta or (mlp == 0).all()
+
+
+def rotary_arguments() -> Change:
+    return {"q": zeros(2, 3, 4, 16), "k": zeros(2, 3, 1, 16), "positions": index(2, 3), "table": zeros(9, 8)}
+
+
+@cases(
+    ("q with three dimensions", lambda: {"q": zeros(2, 3, 16)}, ("q", r"\[2, 3, 16\]")),
+    ("q float64", lambda: {"q": zeros(2, 3, 4, 16).double()}, ("(?i)double|float64",)),
+    ("k of another batch", lambda: {"k": zeros(1, 3, 1, 16)}, ("k", r"\[1, 3, 1, 16\]")),
+    ("k of another head size", lambda: {"k": zeros(2, 3, 1, 8)}, ("k", r"\[2, 3, 1, 8\]")),
+    ("k of another dtype", lambda: {"k": zeros(2, 3, 1, 16).half()}, ("k", "(?i)half|float16")),
+    ("k on another device", lambda: {"k": meta(2, 3, 1, 16)}, ("k", "device")),
+    ("positions int64", lambda: {"positions": ids(2, 3)}, ("positions", "(?i)long|int64")),
+    ("positions of another shape", lambda: {"positions": index(3)}, ("positions", r"\[3\]")),
+    ("position beyond the table", lambda: {"positions": index(2, 3, fill=9)}, ("position", r"\b9\b", r"\b8\b")),
+    ("negative position", lambda: {"positions": index(2, 3, fill=-1)}, ("position", "-1")),
+    ("table with an odd width", lambda: {"table": zeros(9, 7)}, ("table", r"\[9, 7\]", "even")),
+    ("table wider than a head", lambda: {"table": zeros(9, 18)}, ("table", r"\[9, 18\]", r"\b16\b")),
+    ("table of another dtype", lambda: {"table": zeros(9, 8).double()}, ("table", "(?i)double|float64")),
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rotary(inplace: bool, change: Callable[[], Change], words: tuple[str, ...]) -> None:
+    raises(ops.rotary, {**rotary_arguments(), "inplace": inplace}, change(), *words)
+
+
+@cases(
+    ("q with a stride", lambda: {"q": zeros(2, 3, 16, 4).mT}, ("q", "stride|contiguous")),
+    ("q expanded", lambda: {"q": zeros(1, 3, 4, 16).expand(2, 3, 4, 16)}, ("q",)),
+    ("k expanded", lambda: {"k": zeros(2, 3, 1, 16).expand(2, 3, 4, 16)}, ("k",)),
+)
+def test_rotary_in_place(change: Callable[[], Change], words: tuple[str, ...]) -> None:
+    raises(ops.rotary, {**rotary_arguments(), "inplace": True}, change(), *words)
 
 
 def attention_arguments() -> Change:

@@ -25,6 +25,15 @@ class Case(NamedTuple):
         return ops.qkv_projection(x, packed, kv_cache=kv_cache, positions=positions, **self.heads, **self.options)
 
 
+def with_rotary(case: Case, rotary_dim: int) -> Case:
+    options = {
+        **case.options,
+        "rotary_table": ops.rotary_table(50, rotary_dim),
+        "rotary_positions": torch.randint(0, 50, case.positions.shape, dtype=torch.int32),
+    }
+    return case._replace(options=options)
+
+
 def make(
     batch: int, tokens: int, shape: tuple[int, int, int, int], dtype: torch.dtype, past: int = 0, full: bool = True
 ) -> Case:
@@ -130,6 +139,43 @@ def test_layout_in_memory_does_not_matter(layout: str, dtype: torch.dtype, isa: 
     assert_equal_bits(kv_cache, expected_cache)
 
 
+@pytest.mark.parametrize("head_dim, rotary_dim", [(8, 2), (8, 8), (24, 6), (40, 24), (64, 32), (80, 64), (256, 64)])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_rotary(head_dim: int, rotary_dim: int, kv_heads: int, dtype: torch.dtype, isa: str) -> None:
+    check(with_rotary(make(2, 5, (3, kv_heads, head_dim, 40), dtype), rotary_dim))
+
+
+@pytest.mark.parametrize("features", [1, 7, 32, 45, 160])
+@pytest.mark.parametrize("activation", ["none", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("shape", [(4, 4, 16, 40), (3, 1, 8, 24)])
+def test_columns_of_the_parallel_block(
+    features: int, activation: str, shape: tuple[int, int, int, int], dtype: torch.dtype, isa: str
+) -> None:
+    """`mlp` is a range of a wider tensor: what is beside it keeps its bits."""
+    heads, kv_heads, head_dim, width = shape
+    case = make(2, 5, shape, dtype)
+    rows = (heads + 2 * kv_heads) * head_dim + features
+    weight, bias = torch.randn(rows, width).to(dtype), torch.randn(rows).to(dtype)
+    case = with_rotary(case._replace(weight=weight, options={**case.options, "bias": bias}), 8)
+    arguments = {**case.heads, **case.options, "positions": case.positions, "mlp_activation": activation}
+    expected_cache, torch_cache = case.kv_cache.double(), case.kv_cache.clone()
+    expected_mlp, torch_mlp = torch.empty(2, 5, features, dtype=torch.float64), torch.empty(2, 5, features, dtype=dtype)
+    expected = reference.qkv_projection(case.x, weight, kv_cache=expected_cache, mlp=expected_mlp, **arguments)
+    budget = reference.same_dtype(
+        reference.qkv_projection, case.x, weight, kv_cache=torch_cache, mlp=torch_mlp, **arguments
+    )
+    base = hostile.any_bits((2, 5, features + 9), dtype)
+    before = base.clone()
+    case.options.update(mlp=base[..., 4 : 4 + features], mlp_activation=activation)
+    q = case.run(case.kv_cache)
+    size = max(width**0.5, expected.abs().max().item())
+    assert_close(q, expected, budget_from=budget, magnitude=size, name="query")
+    assert_close(case.kv_cache, expected_cache, budget_from=torch_cache, magnitude=size, name="cache")
+    assert_close(base[..., 4 : 4 + features], expected_mlp, budget_from=torch_mlp, magnitude=size, name="mlp")
+    assert_equal_bits(base[..., :4], before[..., :4], name="left of mlp")
+    assert_equal_bits(base[..., 4 + features :], before[..., 4 + features :], name="right of mlp")
+
+
 def test_query_key_and_value_are_those_of_linear(dtype: torch.dtype, isa: str) -> None:
     case = make(2, 5, (3, 1, 16, 72), dtype)
     q = case.run(case.kv_cache)
@@ -204,6 +250,9 @@ def test_opcheck(full: bool, dtype: torch.dtype) -> None:
     o, kv_cache = case.options, torch.zeros_like(case.kv_cache)
     args = (case.x, ops.pack(case.weight).data, o.get("bias"), o.get("norm_weight"), o.get("norm_bias"), 1e-5)
     torch.library.opcheck(torch.ops.alula.qkv_projection, (*args, 3, 1, 16, kv_cache, case.positions))
+    table, turns = ops.rotary_table(9, 8), torch.ones(2, 3, dtype=torch.int32)
+    rotary = (kv_cache, case.positions, table, turns)
+    torch.library.opcheck(torch.ops.alula.qkv_projection, (*args, 3, 1, 16, *rotary))
 
 
 @pytest.mark.parametrize("which", ["x", "kv_cache", "bias", "norm_weight", "norm_bias"])

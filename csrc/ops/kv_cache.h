@@ -22,6 +22,14 @@ inline void check_kv_cache(const Tensor& kv_cache, int64_t batch, int64_t num_kv
               " in its last dimension; it must be contiguous there");
 }
 
+// Of a tensor that is written to: expanded, its entries would share memory.
+inline void check_own_memory(const Tensor& t, const char* name) {
+  for (int64_t i = 0; i < t.dim(); i++) {
+    ALULA_CHECK(t.size(i) <= 1 || t.stride(i) != 0, name, " is expanded: its dimension ", i,
+                " has stride 0, so that its entries share memory; it is written to, give it memory of its own");
+  }
+}
+
 // int32 [B, T], contiguous on return.
 inline Tensor checked_positions(const Tensor& positions, int64_t batch, int64_t tokens) {
   check_cpu(positions, "positions");

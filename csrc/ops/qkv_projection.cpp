@@ -17,6 +17,7 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   ALULA_CHECK(x.dim() == 3, "x has shape ", shape_of(x), "; expected [B, T, E]");
   const int64_t batch = x.size(0), tokens = x.size(1), k = x.size(2);
   check_heads(num_heads, num_kv_heads, head_dim);
+  ALULA_CHECK(!mlp || mlp->dim() == 3, "mlp has shape ", shape_of(*mlp), "; expected [B, T, F]");
   const int64_t mlp_features = mlp ? mlp->size(mlp->dim() - 1) : 0;
   const int64_t n = (num_heads + 2 * num_kv_heads) * head_dim + mlp_features;
   const DType dtype = check_packed_weight(weight, n, k);
@@ -27,10 +28,7 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   const OptionalTensor nb = feature_vector(norm_bias, "norm_bias", k, weight, "the weight");
   check_kv_cache(kv_cache, batch, num_kv_heads, head_dim);
   check_dtype(kv_cache, "kv_cache", weight.scalar_type(), "the weight");
-  for (int64_t i = 0; i < 3; i++) {
-    ALULA_CHECK(kv_cache.size(i) <= 1 || kv_cache.stride(i) != 0, "kv_cache is expanded: its dimension ", i,
-                " has stride 0, so that its entries share memory; it is written to, give it memory of its own");
-  }
+  check_own_memory(kv_cache, "kv_cache");
   const Tensor slots = checked_positions(positions, batch, tokens);
   const auto* slot = static_cast<const int32_t*>(slots.const_data_ptr());
   for (int64_t i = 0; i < batch * tokens; i++) {
@@ -50,6 +48,7 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
     check_cpu(*mlp, "mlp");
     check_shape(*mlp, "mlp", {batch, tokens, -1}, "[B, T, F]");
     check_dtype(*mlp, "mlp", weight.scalar_type(), "the weight");
+    check_own_memory(*mlp, "mlp");
     const bool has_even_rows = mlp->stride(2) == 1 && (batch == 1 || mlp->stride(0) == tokens * mlp->stride(1));
     ALULA_CHECK(has_even_rows, "mlp has strides that do not make one sequence of token rows; give a contiguous tensor or "
                 "a range of the last dimension of one");

@@ -65,6 +65,8 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
 }
 
 void rotary_(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& table, bool is_interleaved) {
+  check_own_memory(q, "q");
+  check_own_memory(k, "k");
   run(q, k, q, k, positions, table, is_interleaved);
 }
 

@@ -85,6 +85,12 @@ def _activation_code(activation: str) -> int:
         raise ValueError(f"unknown activation {activation!r}; accepted: {', '.join(ACTIVATIONS)}") from None
 
 
+def _refuse_width(x: Tensor, weight: PackedWeight) -> None:
+    """The kernels see a packed weight rounded up to whole pairs and panels; here its sizes are known exactly."""
+    if x.dim() and x.size(-1) != weight.in_features:
+        raise ValueError(f"x has {x.size(-1)} features (shape {list(x.shape)}); the weight takes {weight.in_features}")
+
+
 def pack(weight: Tensor) -> PackedWeight:
     """Pack a weight [N, K] (out, in; float32, bfloat16 or float16; any strides) for :func:`linear`,
     :func:`qkv_projection` and :func:`embedding`."""
@@ -142,6 +148,7 @@ def linear(
     does not depend, in any bit, on what else is in the batch.
     """
     _refuse_grad(x, bias, residual, norm_weight, norm_bias)
+    _refuse_width(x, weight)
     return torch.ops.alula.linear(
         x,
         weight.data,
@@ -188,6 +195,13 @@ def qkv_projection(
     Returns: the query, [B, T, H, D].
     """
     _refuse_grad(x, bias, kv_cache, norm_weight, norm_bias, mlp)
+    _refuse_width(x, weight)
+    features = (num_heads + 2 * num_kv_heads) * head_dim + (mlp.size(-1) if mlp is not None and mlp.dim() else 0)
+    if features != weight.out_features:
+        raise ValueError(
+            f"num_heads {num_heads}, num_kv_heads {num_kv_heads}, head_dim {head_dim} (and the width of mlp) make "
+            f"{features} features of q, k, v (and mlp); the weight has {weight.out_features}"
+        )
     return torch.ops.alula.qkv_projection(
         x,
         weight.data,
@@ -359,7 +373,23 @@ def _(x, weight, out_features, bias, norm_weight, norm_bias, norm_eps, activatio
 
 
 @torch.library.register_fake("alula::qkv_projection")
-def _(x, weight, bias, norm_weight, norm_bias, norm_eps, num_heads, num_kv_heads, head_dim, kv_cache, positions, *_):
+def _(
+    x,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    norm_eps,
+    num_heads,
+    num_kv_heads,
+    head_dim,
+    kv_cache,
+    positions,
+    rotary_table=None,
+    rotary_positions=None,
+    mlp=None,
+    mlp_activation=0,
+):
     _same_device(
         x=x,
         weight=weight,
@@ -368,18 +398,22 @@ def _(x, weight, bias, norm_weight, norm_bias, norm_eps, num_heads, num_kv_heads
         norm_bias=norm_bias,
         kv_cache=kv_cache,
         positions=positions,
+        rotary_table=rotary_table,
+        rotary_positions=rotary_positions,
+        mlp=mlp,
     )
     return x.new_empty([x.shape[0], x.shape[1], num_heads, head_dim])
 
 
 @torch.library.register_fake("alula::rotary")
 def _(q, k, positions, table, is_interleaved):
+    _same_device(q=q, k=k, positions=positions, table=table)
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @torch.library.register_fake("alula::rotary_")
 def _(q, k, positions, table, is_interleaved):
-    return None
+    _same_device(q=q, k=k, positions=positions, table=table)
 
 
 @torch.library.register_fake("alula::attention")

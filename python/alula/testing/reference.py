@@ -104,25 +104,62 @@ def qkv_projection(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    rotary_table: Tensor | None = None,
+    rotary_positions: Tensor | None = None,
+    mlp: Tensor | None = None,
+    mlp_activation: str = "none",
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """[q | k | v] = LN(x) @ weight.T + bias; kv_cache[b, g, positions[b, t]] = [k | v] of token t; returns q.
 
     x: [B, T, E]; weight: [(H + 2G) * D, E], rows [q (H*D) | k (G*D) | v (G*D)]; kv_cache: [B, G, S, 2*D], written in
     place and rounded to its own dtype; positions: [B, T] int32, a token whose position is negative is written nowhere.
-    Returns q: [B, T, H, D], of every token.
+    With `rotary_table`, q and k are turned first (interleaved pairs). With `mlp` [B, T, F], written in place, the
+    weight has F more rows, and mlp = mlp_activation(their part of the product). Returns q: [B, T, H, D].
     """
     batch, tokens, _ = x.shape
-    qkv = linear(
+    y = linear(
         x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, compute_dtype=compute_dtype
     )
-    heads = qkv.view(batch, tokens, num_heads + 2 * num_kv_heads, head_dim)
+    qkv_features = (num_heads + 2 * num_kv_heads) * head_dim
+    heads = y[..., :qkv_features].view(batch, tokens, num_heads + 2 * num_kv_heads, head_dim)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    if rotary_table is not None:
+        q, k = rotary(q, k, rotary_positions, rotary_table, compute_dtype=compute_dtype)
+    if mlp is not None:
+        mlp.copy_(ACTIVATIONS[mlp_activation](y[..., qkv_features:]))
     for b, t in itertools.product(range(batch), range(tokens)):
         slot = int(positions[b, t])
         if slot >= 0:
             kv_cache[b, :, slot] = torch.cat([k[b, t], v[b, t]], dim=-1).to(kv_cache.dtype)
     return q
+
+
+def rotary(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    *,
+    interleaved: bool = True,
+    compute_dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Each pair (a, b) of the first r values of a head becomes (a cos - b sin, b cos + a sin); the others stay.
+
+    q: [B, T, H, D]; k: [B, T, G, D]; positions: [B, T] int32; table: [P, r], a row has the r/2 cosines, then the r/2
+    sines of its position. Pairs are (0, 1), (2, 3), ... or, not interleaved, (0, r/2), (1, r/2 + 1), ...
+    """
+    angles = table.to(torch.promote_types(compute_dtype, torch.float32))[positions.long()][:, :, None]  # [B, T, 1, r]
+    cosine, sine = angles.chunk(2, dim=-1)
+
+    def turn(x: Tensor) -> Tensor:
+        first, rest = x.to(compute_dtype).tensor_split([table.shape[1]], dim=-1)
+        a, b = (first[..., 0::2], first[..., 1::2]) if interleaved else first.chunk(2, dim=-1)
+        pair = (a * cosine - b * sine, b * cosine + a * sine)
+        turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+        return torch.cat([turned.to(compute_dtype), rest], dim=-1)
+
+    return turn(q), turn(k)
 
 
 def attention(
