@@ -2,7 +2,7 @@
 //
 // A thread owns a range of panels (32 columns of the output each) and a range of row blocks. Per panel:
 //   zero the sums C [rows][32] (on the stack, in the second-level cache)
-//   for each block of K that keeps the panel's part in the first-level cache (kBlockBytes)
+//   for each block of K that keeps the panel's part in the first-level cache (kBlockBytes of tile.h)
 //     for each block of rows: tile (tile.h)
 //   hand C to the epilogue, all of K summed
 // So a weight comes from memory once per kMaxRowsAtOnce rows, in address order, and partial sums never leave the cache.
@@ -16,51 +16,55 @@
 
 namespace alula::ALULA_ISA {
 
-constexpr int64_t kBlockBytes = 24 * 1024;  // of a panel at once, in a first-level cache of 32 KiB
-constexpr int kPrefetchAhead = 4096;        // bytes
+constexpr int kPrefetchAhead = 4096;  // bytes
 
+// A packed row of X: its blocks of K, each kUnitStride units, one block of K after the other for all rows of a row block:
+// [row block][block of K][rows][kUnitStride].
 template <typename W>
-constexpr int64_t kBlockSteps = kBlockBytes / (kPanel * static_cast<int64_t>(sizeof(W)) * Operand<W>::kStep);
-
+constexpr int64_t num_blocks_of_k(int64_t k) {
+  const int64_t steps = (k + Operand<W>::kStep - 1) / Operand<W>::kStep;
+  return (steps + kBlockSteps<W> - 1) / kBlockSteps<W>;
+}
 template <typename W>
-constexpr int64_t packed_row_bytes_of(int64_t k) {
-  return packed_row_size<W>(k) * static_cast<int64_t>(sizeof(typename Operand<W>::A));
+constexpr int64_t packed_row_size(int64_t k) {
+  return num_blocks_of_k<W>(k) * kUnitStride<W>;
 }
 
-// Row `row` of X, normed if asked, into its place in a packed block of `rows` rows.
+// Row `index` of X, normed if asked, to `a`, a row of a packed block of `rows` rows. Values beyond K, up to whole steps, are zero.
 template <typename W>
-inline void pack_x_row(const PanelGemmArgs& args, int64_t index, typename Operand<W>::A* a, int row, int rows) {
-  constexpr int64_t kChunk = 512;  // an even number, so that pairs stay whole
+inline void pack_x_row(const PanelGemmArgs& args, int64_t index, float* a, int rows) {
+  constexpr int64_t kBlock = kBlockSteps<W> * Operand<W>::kStep;  // values
   const W* x = static_cast<const W*>(args.x) + index * args.k;
   const W* weight = static_cast<const W*>(args.norm_weight);
   const W* bias = static_cast<const W*>(args.norm_bias);
   Moments moments{};
   if (weight) moments = moments_of(args.k, args.norm_eps, [x](int64_t i, int n) { return load(x + i, n); });
 
-  alignas(64) float chunk[kChunk];
-  for (int64_t begin = 0; begin < args.k; begin += kChunk) {
-    const int64_t count = args.k - begin < kChunk ? args.k - begin : kChunk;
-    for (int64_t i = 0; i < count; i += Vec::kWidth) {
+  for (int64_t begin = 0; begin < args.k; begin += kBlock) {
+    auto* out = reinterpret_cast<typename Operand<W>::Value*>(a);
+    const int64_t count = args.k - begin < kBlock ? args.k - begin : kBlock;
+    for (int64_t i = 0; i < count; i += Vec::kWidth) {  // whole registers: the line after a block has room for the last
       const int n = static_cast<int>(count - i < Vec::kWidth ? count - i : Vec::kWidth);
       Vec value = load(x + begin + i, n);
       if (weight) {
         value = normalize(value, moments, load(weight + begin + i, n), bias ? load(bias + begin + i, n) : zero());
+        if (n < Vec::kWidth) value = first(value, n);
       }
-      store(chunk + i, value);
+      if constexpr (Operand<W>::kStep == 2 && Operand<W>::kUnits == 2) value = round_to_bf16(value);
+      store(out + i, value);
     }
-    pack_row<W>(chunk, count, a + packed_row_size<W>(begin) * rows, row, rows);
+    a += rows * kUnitStride<W>;
   }
 }
 
 template <typename W>
 void pack_rows_of(const PanelGemmArgs& args, int64_t first, int64_t last, void* packed) {
-  using A = typename Operand<W>::A;
   const int64_t row_size = packed_row_size<W>(args.k);
   for (int64_t block = first; block < last; block++) {
     const int64_t begin = block * kRows;
     const int rows = static_cast<int>(args.m - begin < kRows ? args.m - begin : kRows);
-    A* a = static_cast<A*>(packed) + begin * row_size;
-    for (int row = 0; row < rows; row++) pack_x_row<W>(args, begin + row, a, row, rows);
+    float* a = static_cast<float*>(packed) + begin * row_size;
+    for (int row = 0; row < rows; row++) pack_x_row<W>(args, begin + row, a + row * kUnitStride<W>, rows);
   }
 }
 
@@ -69,7 +73,6 @@ void pack_rows_of(const PanelGemmArgs& args, int64_t first, int64_t last, void* 
 template <typename W, typename Epilogue>
 void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t first_panel, int64_t last_panel,
                      int64_t first_block, int64_t last_block, const Epilogue& epilogue) {
-  using A = typename Operand<W>::A;
   constexpr int kPair = Operand<W>::kStep;
   const int64_t steps = (args.k + kPair - 1) / kPair;
   const int64_t row_size = packed_row_size<W>(args.k);
@@ -93,12 +96,13 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
         const int64_t count = steps - step < kBlockSteps<W> ? steps - step : kBlockSteps<W>;
         for (int64_t row = row_begin; row < row_end; row += kRows) {
           const int rows = static_cast<int>(row_end - row < kRows ? row_end - row : kRows);
-          const A* a = static_cast<const A*>(packed) + row * row_size + step * Operand<W>::kValues * rows;
+          const float* a =
+              static_cast<const float*>(packed) + row * row_size + step / kBlockSteps<W> * rows * kUnitStride<W>;
           float* sums = c + (row - row_begin) * kPanel;
           if (few_rows) {
-            tile_for<W, kPrefetchAhead>(rows)(a, b + step * kPair * kPanel, kPanel, count, sums, kPanel);
+            tile_for<W, kPrefetchAhead>(rows)(a, b + step * kPair * kPanel, count, sums);
           } else {
-            tile_for<W>(rows)(a, b + step * kPair * kPanel, kPanel, count, sums, kPanel);
+            tile_for<W>(rows)(a, b + step * kPair * kPanel, count, sums);
           }
         }
       }
@@ -121,7 +125,9 @@ ALULA_INLINE void for_each_column(const W* bias, int64_t n, int64_t panel, const
 }
 
 inline int64_t packed_row_bytes(DType dtype, int64_t k) {
-  return dispatch_dtype(dtype, [&](auto tag) { return packed_row_bytes_of<typename decltype(tag)::Type>(k); });
+  return dispatch_dtype(dtype, [&](auto tag) { 
+    return packed_row_size<typename decltype(tag)::Type>(k) * static_cast<int64_t>(sizeof(float));
+  });
 }
 
 inline void pack_rows(const PanelGemmArgs& args, int64_t first, int64_t last, void* packed) {

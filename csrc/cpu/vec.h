@@ -376,6 +376,20 @@ ALULA_INLINE float reduce_max(Vec a) {
 
 #endif
 
+// The first n lanes of a, zeros after them.
+ALULA_INLINE Vec first(Vec a, int n) {
+  alignas(64) float lanes[Vec::kWidth];
+  store(lanes, a);
+  return load(lanes, n);
+}
+
+// What storing as bf16 and loading again gives.
+ALULA_INLINE Vec round_to_bf16(Vec a) {
+  bf16 lanes[Vec::kWidth];
+  store(lanes, a);
+  return load(lanes);
+}
+
 ALULA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace alula::ALULA_ISA
