@@ -1,0 +1,71 @@
+"""CTranslate2: the weights converted to fp32, the only floating-point type that it computes in on every CPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import ctranslate2
+import numpy as np
+
+from .base import Missing, Peer, Setup
+
+
+class CTranslate2(Peer):
+    """It has no call for one step: a step is the difference of generating many tokens and generating one."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Convert the folder if that is not done yet, and load it."""
+        self.setup = setup
+        path = Path(setup.work) / "ctranslate2-fp32"
+        if not path.exists():
+            converter = ctranslate2.converters.TransformersConverter(str(setup.folder))
+            try:
+                converter.convert(str(path), quantization="float32")
+            except (ImportError, ValueError) as error:
+                raise Missing(f"the conversion failed: {error}") from error
+        self._generator = ctranslate2.Generator(
+            str(path), device="cpu", compute_type="float32", intra_threads=setup.threads, inter_threads=1
+        )
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """ctranslate2."""
+        return {"ctranslate2": ctranslate2.__version__}
+
+    @property
+    def weights(self) -> str:
+        """Always fp32."""
+        return "fp32"
+
+    def greedy(self, prompts: list[list[int]], steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens by its own search; logits of these tokens by one pass over each whole row."""
+        rows = self._generate(prompts, steps + 1)
+        logits = []
+        for prompt, new in zip(prompts, rows, strict=True):
+            out = self._generator.forward_batch([prompt + new[:-1]])
+            logits.append(np.asarray(out)[0, len(prompt) - 1 :].astype(np.float32))
+        return np.stack(logits, axis=1), np.array(rows).T
+
+    def time_prefill(self, prompts: list[list[int]]) -> float:
+        """Seconds to generate one token."""
+        start = time.perf_counter()
+        self._generate(prompts, 1)
+        return time.perf_counter() - start
+
+    def time_decode(self, prompts: list[list[int]], steps: int) -> list[float]:
+        """One sample: the mean of `steps` steps."""
+        one = self.time_prefill(prompts)
+        start = time.perf_counter()
+        self._generate(prompts, steps + 1)
+        return [(time.perf_counter() - start - one) / steps]
+
+    def _generate(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+        results = self._generator.generate_batch(
+            [[f"t{token}" for token in prompt] for prompt in prompts],
+            max_length=count,
+            min_length=count,
+            beam_size=1,
+            include_prompt_in_result=False,
+        )
+        return [result.sequences_ids[0] for result in results]

@@ -1,0 +1,160 @@
+"""Models of published shapes: their configurations, their tensors, and the work of one token.
+
+A family tells how many numbers a step reads and computes with; a preset is a configuration of a family. A further
+family is one more entry of FAMILIES, a further model one more entry of PRESETS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a checkpoint: normal values around `mean` with deviation `std`."""
+
+    name: str
+    shape: tuple[int, ...]
+    std: float
+    mean: float = 0.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the benchmark has to know about a `model_type`.
+
+    tensors: every tensor of the checkpoint in groups: those outside the layers, then layer by layer.
+    matrix_elements: weights that every token is multiplied with, without the language-model head.
+    head_elements: weights of the language-model head.
+    cache_elements: keys and values kept for one token.
+    attention_width: H * D of all layers: a query-key pair costs 4 operations for each.
+    """
+
+    tensors: Callable[[Config], Iterator[list[TensorSpec]]]
+    matrix_elements: Callable[[Config], int]
+    head_elements: Callable[[Config], int]
+    cache_elements: Callable[[Config], int]
+    attention_width: Callable[[Config], int]
+
+
+def _gpt_bigcode_qkv_rows(config: Config) -> int:
+    width = config["n_embd"]
+    return width + 2 * (width // config["n_head"] if config["multi_query"] else width)
+
+
+def _gpt_bigcode_tensors(config: Config) -> Iterator[list[TensorSpec]]:
+    """Deviations keep activations near 1, so that layers outweigh the embedding and logits have a spread of about 1."""
+    width, inner = config["n_embd"], config["n_inner"]
+
+    def norm(name: str) -> list[TensorSpec]:
+        return [TensorSpec(f"{name}.weight", (width,), 0.1, 1.0), TensorSpec(f"{name}.bias", (width,), 0.1)]
+
+    def dense(name: str, rows: int, columns: int, gain: float) -> list[TensorSpec]:
+        return [
+            TensorSpec(f"{name}.weight", (rows, columns), gain * columns**-0.5),
+            TensorSpec(f"{name}.bias", (rows,), 0.02),
+        ]
+
+    yield [
+        TensorSpec("transformer.wte.weight", (config["vocab_size"], width), width**-0.5),
+        TensorSpec("transformer.wpe.weight", (config["n_positions"], width), width**-0.5),
+        *norm("transformer.ln_f"),
+    ]
+    for layer in range(config["n_layer"]):
+        start = f"transformer.h.{layer}"
+        yield [
+            *norm(f"{start}.ln_1"),
+            *dense(f"{start}.attn.c_attn", _gpt_bigcode_qkv_rows(config), width, 1.0),
+            *dense(f"{start}.attn.c_proj", width, width, 1.0),
+            *norm(f"{start}.ln_2"),
+            *dense(f"{start}.mlp.c_fc", inner, width, 1.0),
+            *dense(f"{start}.mlp.c_proj", width, inner, 1.0),
+        ]
+
+
+def _gpt_bigcode_matrices(config: Config) -> int:
+    width, inner = config["n_embd"], config["n_inner"]
+    return config["n_layer"] * width * (_gpt_bigcode_qkv_rows(config) + width + 2 * inner)
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt_bigcode": Family(
+        tensors=_gpt_bigcode_tensors,
+        matrix_elements=_gpt_bigcode_matrices,
+        head_elements=lambda config: config["vocab_size"] * config["n_embd"],
+        cache_elements=lambda config: config["n_layer"] * (_gpt_bigcode_qkv_rows(config) - config["n_embd"]),
+        attention_width=lambda config: config["n_layer"] * config["n_embd"],
+    ),
+}
+
+
+def gpt_bigcode(
+    layers: int, width: int, heads: int, positions: int, vocabulary: int, multi_query: bool = True
+) -> Config:
+    """A GPTBigCode configuration; the activation is one that every engine computes alike."""
+    return {
+        "model_type": "gpt_bigcode",
+        "architectures": ["GPTBigCodeForCausalLM"],
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": heads,
+        "n_inner": 4 * width,
+        "n_positions": positions,
+        "vocab_size": vocabulary,
+        "multi_query": multi_query,
+        "activation_function": "gelu_pytorch_tanh",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "use_cache": True,
+    }
+
+
+PRESETS: dict[str, Config] = {
+    "santacoder": gpt_bigcode(24, 2048, 16, 2048, 49280),
+    "starcoder": gpt_bigcode(40, 6144, 48, 8192, 49152),
+    "tiny-starcoder": gpt_bigcode(20, 768, 12, 8192, 49152),
+    "mqa-768": gpt_bigcode(12, 768, 12, 2048, 49152),
+    "mha-768": gpt_bigcode(12, 768, 12, 2048, 49152, multi_query=False),
+    "toy": gpt_bigcode(2, 64, 4, 256, 512),
+}
+
+
+def family(config: Config) -> Family:
+    """The family of a configuration."""
+    return FAMILIES[config["model_type"]]
+
+
+def parameters(config: Config) -> int:
+    """Numbers in the checkpoint; a tied head counts once."""
+    total = 0
+    for group in family(config).tensors(config):
+        for spec in group:
+            elements = 1
+            for size in spec.shape:
+                elements *= size
+            total += elements
+    return total
+
+
+def step_bytes(config: Config, element_bytes: int, batch: int, context: int) -> int:
+    """Bytes that one decode step must read: every matrix once, and the keys and values of `context` tokens a row."""
+    of = family(config)
+    weights = of.matrix_elements(config) + of.head_elements(config)
+    return element_bytes * (weights + batch * context * of.cache_elements(config))
+
+
+def prefill_flops(config: Config, lengths: list[int]) -> int:
+    """Operations of reading prompts of these lengths: matrices, causal attention, and the head for the last token."""
+    of = family(config)
+    return sum(
+        2 * length * of.matrix_elements(config)
+        + 2 * length * (length + 1) * of.attention_width(config)
+        + 2 * of.head_elements(config)
+        for length in lengths
+    )

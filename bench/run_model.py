@@ -1,0 +1,180 @@
+"""`alula bench model`: a model of a published shape with random weights, checked, then timed in turn with peers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import random
+from pathlib import Path
+
+import torch
+from alula.bench import limits, machine, model_folder, presets, report
+from alula.bench.engine import Engine
+from alula.bench.model_rounds import Group, Workload, plan_groups
+from alula.bench.peers import PEERS
+
+HEADER = ("phase", "engine", "weights", "median", "+-", "rate", "of limit", "alula / it", "max error")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `alula bench model`."""
+    peers = ",".join(name for name in PEERS if name != "alula")
+    parser.add_argument("--preset", choices=[*presets.PRESETS], default="mqa-768", help="shape (default %(default)s)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="weights (default %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt of the prefill (default %(default)s)")
+    parser.add_argument("--context", type=int, help="tokens before the timed steps (default: the prompt)")
+    parser.add_argument("--batch", type=int, default=1, help="rows (default %(default)s)")
+    parser.add_argument("--left-pad", action="store_true", help="rows of unequal lengths, padded on the left")
+    parser.add_argument("--new-tokens", type=int, default=32, help="timed steps of a round (default %(default)s)")
+    parser.add_argument("--peers", default="hf-sdpa", metavar="NAMES", help=f"comma-separated: {peers}; all; none")
+    parser.add_argument("--openvino-python", metavar="PATH", help="interpreter of OpenVINO's own environment")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each engine (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (default %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of loading alula's model")
+    parser.add_argument("--no-alula", action="store_true", help="time the peers alone")
+    parser.add_argument("--quick", action="store_true", help="one round, few tokens: a check, not a figure")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for weights (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON lines")
+
+
+def default_cache() -> Path:
+    """Where weights are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "alula-bench"
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> int:
+    """0: done and alula right; 1: alula wrong or failed; 2: arguments that cannot be; 130: interrupted."""
+    if args.quick:
+        args.rounds, args.new_tokens = 1, min(args.new_tokens, 4)
+    args.context = args.context or args.prompt_tokens
+    config = presets.PRESETS[args.preset]
+    try:
+        names = engine_names(args)
+        workload = make_workload(args, config)
+    except ValueError as error:
+        report.note(f"alula bench model: {error}")
+        return 2
+    torch.set_num_threads(args.threads)
+    folder = model_folder.ensure(args.cache, args.preset, args.dtype)
+    recorder = report.Recorder(args.json)
+    header = machine.describe(args.threads, argv)
+    print(machine.one_line(header), flush=True)
+    measured = limits.measure(args.threads, 0.05 if args.quick else 0.5)
+    print(measured.line(), flush=True)
+    print(
+        f"{args.preset}: {presets.parameters(config) / 1e6:.0f} M parameters, {args.dtype}; batch {args.batch}"
+        f"{' left-padded' if args.left_pad else ''}, prompt {args.prompt_tokens}, context {args.context}",
+        flush=True,
+    )
+    recorder.add({**header, "limits": dataclasses.asdict(measured), "preset": args.preset, "config": config})
+    status = 0
+    try:
+        if args.memory:
+            recorder.add(loading_memory(folder, args))
+        for members in plan_groups(names, config, args.dtype, machine.available_memory()):
+            group = Group(members, folder, workload, args.openvino_python, measured)
+            try:
+                group.check()
+                group.time(args.rounds)
+            finally:
+                group.close()
+                records = group.records()
+                for record in records:
+                    recorder.add(record)
+                if records:
+                    print(f"\n{report.table(HEADER, [row(record) for record in records])}", flush=True)
+            if "alula" in members and "alula" not in group.right:
+                status = 1
+                break
+    except KeyboardInterrupt:
+        report.note("interrupted; the results so far stand above")
+        status = 130
+    finally:
+        recorder.close()
+    return status
+
+
+def engine_names(args: argparse.Namespace) -> list[str]:
+    """The engines asked for, alula first. ValueError for a name that is none."""
+    known = [name for name in PEERS if name != "alula"]
+    asked = {"all": known, "none": []}.get(args.peers, args.peers.split(","))
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"--peers: {name!r} is none of {', '.join(known)}")
+    names = [*([] if args.no_alula else ["alula"]), *dict.fromkeys(asked)]
+    if not names:
+        raise ValueError("nothing to time: --no-alula and no peers")
+    return names
+
+
+def make_workload(args: argparse.Namespace, config: presets.Config) -> Workload:
+    """Prompts of random ids, the same in every run. ValueError for counts that the model has no room for."""
+    for name in ("prompt_tokens", "context", "batch", "new_tokens", "rounds", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    draw = random.Random(7)
+
+    def prompts(longest: int) -> list[list[int]]:
+        shortest = max(1, longest // 2)
+        others = range(args.batch - 1)
+        lengths = [longest, *(draw.randint(shortest, longest) if args.left_pad else longest for _ in others)]
+        return [[draw.randrange(config["vocab_size"]) for _ in range(length)] for length in lengths]
+
+    workload = Workload(
+        preset=args.preset,
+        config=config,
+        dtype=args.dtype,
+        threads=args.threads,
+        prompts=prompts(args.prompt_tokens),
+        contexts=prompts(args.context),
+        left_pad=args.left_pad,
+        new_tokens=args.new_tokens,
+    )
+    if workload.max_tokens > config["n_positions"]:
+        raise ValueError(
+            f"{workload.max_tokens} tokens (prompt or context, and the steps) exceed the {config['n_positions']} "
+            f"positions of {args.preset}"
+        )
+    return workload
+
+
+def loading_memory(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    """Load alula's model in a fresh process and report its peak of resident memory above one that imported torch."""
+    with Engine("alula", folder, threads=args.threads, label="alula-memory") as engine:
+        facts = engine.load(folder=folder, work=folder, dtype=args.dtype, threads=args.threads, max_tokens=8, batch=1)
+    size = model_folder.checkpoint_bytes(folder)
+    above = facts["peak_bytes"] - facts["baseline_bytes"]
+    print(
+        f"loading: {facts['load_s']:.1f} s, peak {above / 1e6:.0f} MB above an interpreter with torch imported, "
+        f"{above / size:.2f} x the checkpoint's {size / 1e6:.0f} MB",
+        flush=True,
+    )
+    return {
+        "kind": "memory",
+        "preset": args.preset,
+        "dtype": args.dtype,
+        "load_s": facts["load_s"],
+        "checkpoint_bytes": size,
+        "baseline_bytes": facts["baseline_bytes"],
+        "peak_bytes": facts["peak_bytes"],
+        "ratio": above / size,
+    }
+
+
+def row(record: dict) -> tuple[str, ...]:
+    """A record as a row of the table."""
+    start = (record["phase"], record["engine"], record["weights"])
+    if "median_s" not in record:
+        state = "WRONG" if not record["correct"] else "not timed"
+        return (*start, state, "", "", "", "", f"{record['max_error']:.2g}")
+    half = (record["q75_s"] - record["q25_s"]) / 2 / record["median_s"]
+    return (
+        *start,
+        report.seconds(record["median_s"]),
+        f"{100 * half:.1f} %",
+        report.rate(record["rate"], record["unit"]),
+        report.share(record["limit_share"]),
+        report.times(record["alula_ratio"]),
+        f"{record['max_error']:.2g}",
+    )
