@@ -8,9 +8,11 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/check.h"
 #include "core/types.h"
+#include "cpu/large.h"
 
 namespace alula {
 
@@ -77,6 +79,14 @@ inline OptionalTensor feature_vector(const OptionalTensor& t, const char* name, 
   check_shape(*t, name, {size}, "[features]");
   check_dtype(*t, name, like.scalar_type(), like_name);
   return as_contiguous(t);
+}
+
+// For a result that may be larger than the caches (cpu/large.h).
+inline Tensor new_large_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor t = torch::stable::empty(sizes, dtype);
+  const int64_t bytes = t.numel() * t.element_size();
+  if (is_beyond_caches(bytes)) ask_for_large_pages(t.mutable_data_ptr(), bytes);
+  return t;
 }
 
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {

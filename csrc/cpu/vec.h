@@ -177,7 +177,22 @@ ALULA_INLINE Vec copysign(Vec magnitude, Vec sign) {
 ALULA_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
+// condition[i] ? x : y
+ALULA_INLINE Vec select_true(const bool* condition, Vec x, Vec y) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(condition));
+  return {_mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), y.v, x.v)};
+}
+// The same where condition has n entries: y in the lanes beyond them.
+ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(n), condition);
+  return {_mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), y.v, x.v)};
+}
+// x in the first n lanes, y in the others.
+ALULA_INLINE Vec select_first(int n, Vec x, Vec y) { return {_mm512_mask_blend_ps(first_lanes(n), y.v, x.v)}; }
+// a - round(a), exact; 0 for an infinity.
+ALULA_INLINE Vec fraction(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // a * 2^n for integral n; exact wherever the result is a number, through denormals to zero and to infinity.
+constexpr bool kScaleTakesAnyPower = true;
 ALULA_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 ALULA_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 ALULA_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
@@ -260,7 +275,27 @@ ALULA_INLINE Vec copysign(Vec magnitude, Vec sign) {
 ALULA_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
+// condition[i] ? x : y
+ALULA_INLINE Vec select_true(const bool* condition, Vec x, Vec y) {
+  int64_t bytes;
+  std::memcpy(&bytes, condition, 8);
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(lanes, _mm256_setzero_si256())))};
+}
+// The same where condition has n entries: y in the lanes beyond them.
+ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
+  bool entries[8] = {};
+  std::memcpy(entries, condition, static_cast<size_t>(n));
+  return select_true(entries, x, y);
+}
+// x in the first n lanes, y in the others.
+ALULA_INLINE Vec select_first(int n, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_castsi256_ps(first_lanes(n)))};
+}
+// a - round(a), exact, for finite a.
+ALULA_INLINE Vec fraction(Vec a) { return a - round(a); }
 // a * 2^n for integral -252 <= n <= 254, in two factors so that each is a normal number and the result may be denormal.
+constexpr bool kScaleTakesAnyPower = false;
 ALULA_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n.v);
   const __m256i first = _mm256_srai_epi32(whole, 1);
@@ -347,25 +382,36 @@ ALULA_INLINE Vec abs(Vec a) {
   const IntLanes magnitude = {0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff};
   return {(Lanes)((IntLanes)a.v & magnitude)};
 }
-ALULA_INLINE Vec round(Vec a) {
-  for (int i = 0; i < Vec::kWidth; i++) a.v[i] = std::nearbyintf(a.v[i]);
-  return a;
-}
+// For |a| < 2^22: the sum has no bits left for a fraction.
+ALULA_INLINE Vec round(Vec a) { return {(a.v + 0x1.8p23f) - 0x1.8p23f}; }
 ALULA_INLINE Vec copysign(Vec magnitude, Vec sign) {
   const IntLanes bits = {0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff};
   return {(Lanes)(((IntLanes)magnitude.v & bits) | ((IntLanes)sign.v & ~bits))};
 }
 // a < b ? x : y, lane by lane (false where NaN).
 ALULA_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) { return select(a.v < b.v, x.v, y.v); }
-// a * 2^n for integral -252 <= n <= 254, in two factors so that each is a normal number and the result may be denormal.
-ALULA_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
-  for (int i = 0; i < Vec::kWidth; i++) {
-    const int whole = static_cast<int>(n.v[i]);
-    const int first = whole >> 1;
-    a.v[i] *= float_of(static_cast<uint32_t>(first + 127) << 23);
-    a.v[i] *= float_of(static_cast<uint32_t>(whole - first + 127) << 23);
+// condition[i] ? x : y
+ALULA_INLINE Vec select_true(const bool* condition, Vec x, Vec y) {
+  const IntLanes lanes = {condition[0], condition[1], condition[2], condition[3]};
+  return select(lanes != 0, x.v, y.v);
+}
+// The same where condition has n entries: y in the lanes beyond them.
+ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
+  for (int i = 0; i < n; i++) {
+    if (condition[i]) y.v[i] = x.v[i];
   }
-  return a;
+  return y;
+}
+// x in the first n lanes, y in the others.
+ALULA_INLINE Vec select_first(int n, Vec x, Vec y) { return select(IntLanes{0, 1, 2, 3} < n, x.v, y.v); }
+// a - round(a), exact, for |a| < 2^22.
+ALULA_INLINE Vec fraction(Vec a) { return a - round(a); }
+// a * 2^n for integral -252 <= n <= 254, in two factors so that each is a normal number and the result may be denormal.
+constexpr bool kScaleTakesAnyPower = false;
+ALULA_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
+  const IntLanes whole = __builtin_convertvector(n.v, IntLanes);
+  const IntLanes first = whole >> 1;
+  return {a.v * (Lanes)((first + 127) << 23) * (Lanes)((whole - first + 127) << 23)};
 }
 ALULA_INLINE float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 ALULA_INLINE float reduce_max(Vec a) {
@@ -391,5 +437,14 @@ ALULA_INLINE Vec round_to_bf16(Vec a) {
 }
 
 ALULA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+template <bool kPastCaches, typename T>
+ALULA_INLINE void store_or_stream(T* p, Vec a) {
+  if constexpr (kPastCaches) {
+    stream(p, a);
+  } else {
+    store(p, a);
+  }
+}
 
 }  // namespace alula::ALULA_ISA

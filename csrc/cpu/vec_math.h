@@ -6,24 +6,28 @@
 
 namespace alula::ALULA_ISA {
 
-// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, exp(r) by its Taylor-like minimax polynomial.
-// ln 2 is subtracted in two parts (Cody and Waite), so r keeps its last bits. Below -104 the result is 0, above 89 it is
-// inf: clamping there keeps n in the range that scale_by_power_of_two takes.
-ALULA_INLINE Vec exp(Vec x) {
-  // Operand order matters: min and max hand back their second operand where one is NaN.
-  const Vec clamped = max(broadcast(-104.0f), min(broadcast(89.0f), x));
-  const Vec n = round(clamped * broadcast(1.44269504088896341f));
-  Vec r = fnma(n, broadcast(0.693359375f), clamped);
+// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2. ln 2 is subtracted in two parts, the first so short that its
+// product is exact (Cody and Waite), so r keeps its last bits without FMA too; exp(r) by a minimax polynomial whose
+// coefficients were refined in fp32 arithmetic. For x from -104, where the result is 0, to 89, where it is inf; and NaN.
+ALULA_INLINE Vec exp_in_range(Vec x) {
+  const Vec n = round(x * broadcast(1.44269504088896341f));
+  Vec r = fnma(n, broadcast(0.693359375f), x);
   r = fnma(n, broadcast(-2.12194440e-4f), r);
-  Vec p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p, r * r, r) + broadcast(1.0f);
+  Vec p = broadcast(0x1.6ae6e0p-10f);
+  p = fma(p, r, broadcast(0x1.1267d8p-7f));
+  p = fma(p, r, broadcast(0x1.555824p-5f));
+  p = fma(p, r, broadcast(0x1.55544ep-3f));
+  p = fma(p, r, broadcast(0x1.fffffcp-2f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
   return scale_by_power_of_two(p, n);
 }
+
+// Operand order matters: min and max hand back their second operand where one is NaN.
+ALULA_INLINE Vec exp(Vec x) { return exp_in_range(max(broadcast(-104.0f), min(broadcast(89.0f), x))); }
+
+// For x <= 0, or NaN.
+ALULA_INLINE Vec exp_of_negative(Vec x) { return exp_in_range(max(broadcast(-104.0f), x)); }
 
 // 1 / (1 + exp(-x))
 ALULA_INLINE Vec sigmoid(Vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exp(zero() - x)); }

@@ -2,8 +2,6 @@
 //
 // Pure moves of 2- or 4-byte elements, done once at load, in address order of the packed side. Any strides of the plain side,
 // so that a transposed (Conv1D) checkpoint tensor is packed from its view.
-#include <sys/mman.h>
-
 #include "core/tensor.h"
 #include "cpu/panel_gemm_args.h"
 #include "cpu/panel_gemm_parallel.h"
@@ -11,16 +9,6 @@
 
 namespace alula {
 namespace {
-
-// Weights are read in address order once per token: large pages save most of the address translation.
-void ask_for_large_pages(void* data, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr size_t kLargePage = 2 << 20;
-  const size_t begin = (reinterpret_cast<size_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
-  const size_t end = (reinterpret_cast<size_t>(data) + bytes) / kLargePage * kLargePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failing is fine
-#endif
-}
 
 // kPair 1: [panel][K][32], kPair 2: [panel][ceil(K/2)][32][2].
 template <typename T, int kPair>
@@ -62,6 +50,7 @@ Tensor pack_weight(const Tensor& weight) {
   const bool paired = dtype == DType::kBFloat16;
   Tensor packed = paired ? torch::stable::empty({num_panels(n), (k + 1) / 2, kPanelRows, 2}, weight.scalar_type())
                          : torch::stable::empty({num_panels(n), k, kPanelRows}, weight.scalar_type());
+  // Weights are read in address order once per token.
   ask_for_large_pages(packed.mutable_data_ptr(), packed.numel() * packed.element_size());
   const int64_t rows = weight.stride(0), columns = weight.stride(1);
   if (paired) {

@@ -1,0 +1,96 @@
+#include "ops/scaled_masked_softmax.h"
+
+#include <array>
+
+#include "core/scratch.h"
+#include "core/tensor.h"
+#include "cpu/parallel.h"
+
+namespace alula {
+namespace {
+
+// A thread is worth waking (about 3 us) for this many scores (about 5 us).
+constexpr int64_t kScoresPerThread = 16 * 1024;
+
+MaskKind mask_kind(const Tensor& mask) {
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool:
+      return MaskKind::kBool;
+    case ScalarType::Float:
+      return MaskKind::kFloat32;
+    case ScalarType::BFloat16:
+      return MaskKind::kBFloat16;
+    case ScalarType::Half:
+      return MaskKind::kFloat16;
+    default:
+      fail("mask has dtype ", name_of(mask.scalar_type()),
+           "; accepted: bool (true = visible), or float32, bfloat16, float16 (added to the scores)");
+  }
+}
+
+// Of every dimension of `scores`, the stride of `mask` broadcast to it.
+std::vector<int64_t> broadcast_strides(const Tensor& mask, const Tensor& scores) {
+  const int64_t missing = scores.dim() - mask.dim();
+  std::vector<int64_t> strides(scores.dim(), 0);
+  bool fits = missing >= 0;
+  for (int64_t d = 0; fits && d < mask.dim(); d++) {
+    fits = mask.size(d) == 1 || mask.size(d) == scores.size(missing + d);
+    if (fits && mask.size(d) != 1) strides[missing + d] = mask.stride(d);
+  }
+  ALULA_CHECK(fits, "mask has shape ", shape_of(mask), "; expected one that broadcasts to that of scores, ",
+              shape_of(scores));
+  return strides;
+}
+
+}  // namespace
+
+Tensor scaled_masked_softmax(const Tensor& scores, const OptionalTensor& mask, double scale, bool causal,
+                             std::optional<ScalarType> dtype) {
+  check_cpu(scores, "scores");
+  const DType in_dtype = value_dtype(scores, "scores");
+  ALULA_CHECK(scores.dim() >= (causal ? 2 : 1), "scores has shape ", shape_of(scores), "; expected ",
+              causal ? "[..., T, S], as causal is set" : "[..., S]");
+  std::vector<int64_t> strides(scores.dim(), 0);
+  if (mask) {
+    check_cpu(*mask, "mask");
+    strides = broadcast_strides(*mask, scores);
+  }
+  const Tensor input = as_contiguous(scores);
+  const std::vector<int64_t> sizes(scores.sizes().begin(), scores.sizes().end());
+  const ScalarType out_type = dtype.value_or(scores.scalar_type());
+  ALULA_CHECK(out_type == ScalarType::Float || out_type == ScalarType::BFloat16 || out_type == ScalarType::Half,
+              "dtype is ", name_of(out_type), "; accepted: float32, bfloat16, float16");
+  Tensor out = new_large_tensor(sizes, out_type);
+
+  const int64_t keys = sizes.back();
+  if (out.numel() == 0) return out;
+  const ScaledMaskedSoftmaxArgs args = {
+      .dtype = in_dtype,
+      .out_dtype = value_dtype(out, "dtype"),
+      .scores = input.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .num_tokens = sizes.size() >= 2 ? sizes[sizes.size() - 2] : 1,
+      .num_keys = keys,
+      .scale = static_cast<float>(scale),
+      .is_causal = causal,
+      .writes_past_caches = is_beyond_caches(out.numel() * out.element_size()),
+      .mask_kind = mask ? mask_kind(*mask) : MaskKind::kNone,
+      .mask = data_or_null(mask),
+      .num_leading = static_cast<int>(sizes.size()) - 1,
+      .leading_sizes = sizes.data(),
+      .mask_strides = strides.data(),
+      .mask_key_stride = strides.back(),
+  };
+  const ScaledMaskedSoftmaxKernels& kernels = ALULA_KERNELS(kScaledMaskedSoftmax);
+  const int64_t grain = (kScoresPerThread + keys - 1) / keys;
+  parallel_ranges(out.numel() / keys, grain, [&](int64_t begin, int64_t end) {
+    struct Exponentials;
+    const auto bytes = static_cast<size_t>(scratch_floats(args)) * sizeof(float);
+    kernels.softmax(args, begin, end, static_cast<float*>(thread_scratch<Exponentials>().reserve(bytes)));
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("scaled_masked_softmax", TORCH_BOX(&scaled_masked_softmax)); }
+
+}  // namespace alula
