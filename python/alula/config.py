@@ -93,7 +93,7 @@ class PretrainedConfig:
     _common: ClassVar[dict[str, tuple[str, Any]]] = {
         "tie_word_embeddings": ("bool", True),
         "use_cache": ("bool", True),
-        "return_dict": ("bool?", True),
+        "return_dict": ("bool", True),
         "output_hidden_states": ("bool?", False),
         "output_attentions": ("bool?", False),
         "bos_token_id": ("id?", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,6 +102,7 @@ class PreTrainedModel(Module):
         model = cls(config, dtype=dtype, init_weights=False)
         missing = load_weights(model, model.checkpoint_view(checkpoint), dtype, optional=cls.optional_weights).missing
         if missing:
+            warnings.warn(f"{path} lacks {', '.join(missing)}: initialised at random", stacklevel=2)
             model.init_weights(missing)
         config.dtype = dtype
         return model

@@ -46,6 +46,10 @@ class _Bound:
         self.stamp = -1
 
 
+def _out_of_range(ids: Tensor, count: int) -> bool:
+    return int(ids.min()) < 0 or int(ids.max()) >= count
+
+
 class DecoderModel(PreTrainedModel):
     """A stack of pre-layer-norm blocks with learned positions.
 
@@ -111,19 +115,19 @@ class DecoderModel(PreTrainedModel):
         else:
             keep = True
             past = self._check_cache(cache, batch)
+        limit = self._positions.shape[1]
         if position_ids is None:
-            limit = self._positions.shape[1]
             if past + tokens > limit:
                 raise ValueError(
                     f"{past} cached and {tokens} new tokens make {past + tokens}, more than n_positions={limit}"
                 )
             position_ids = self._positions[:, past : past + tokens]
         else:
-            position_ids = self._check_position_ids(position_ids, batch, tokens)
+            position_ids = self._check_broadcast("position_ids", position_ids, batch, tokens)
         if token_type_ids is not None:
-            token_type_ids = self._check_ids("token_type_ids", token_type_ids.view(-1, tokens))
-            if token_type_ids.shape[0] != batch:
-                token_type_ids = token_type_ids.expand(batch, tokens)
+            token_type_ids = self._check_broadcast("token_type_ids", token_type_ids, batch, tokens).expand(
+                batch, tokens
+            )
         padding = mask = None
         if attention_mask is not None:
             self._check_device("attention_mask", attention_mask)
@@ -148,7 +152,10 @@ class DecoderModel(PreTrainedModel):
             else:
                 x = self._add_embeddings(inputs_embeds, position_ids, token_type_ids)
         except RuntimeError as error:
-            raise ValueError(str(error)) from None
+            ids = ((input_ids, bound.vocab_size), (token_type_ids, bound.vocab_size), (position_ids, limit))
+            if any(given is not None and _out_of_range(given, count) for given, count in ids):
+                raise ValueError(str(error)) from None
+            raise
 
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         attentions: list[Tensor] | None = [] if output_attentions else None
@@ -227,14 +234,12 @@ class DecoderModel(PreTrainedModel):
             raise ValueError(f"past_key_values has a batch of {cache.batch_size}, the input one of {batch}")
         return cache.get_seq_length()
 
-    def _check_position_ids(self, ids: Tensor, batch: int, tokens: int) -> Tensor:
+    def _check_broadcast(self, name: str, ids: Tensor, batch: int, tokens: int) -> Tensor:
         if ids.dim() == 1:
             ids = ids.unsqueeze(0)
         if ids.dim() != 2 or ids.shape[1] != tokens or ids.shape[0] not in (1, batch):
-            raise ValueError(
-                f"position_ids has shape {list(ids.shape)}; accepted: [{batch}, {tokens}] or [1, {tokens}]"
-            )
-        return self._check_ids("position_ids", ids)
+            raise ValueError(f"{name} has shape {list(ids.shape)}; accepted: [{batch}, {tokens}] or [1, {tokens}]")
+        return self._check_ids(name, ids)
 
     def _full_mask(self, mask: Tensor, batch: int, tokens: int, columns: int, cache: KVCache) -> Tensor:
         """A mask [B, T, S] or [B or 1, H or 1, T, S] as the attention takes it. It stands alone: no causal limit is
@@ -268,9 +273,9 @@ class DecoderModel(PreTrainedModel):
     def _add_embeddings(self, embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """inputs_embeds with positions (and token types) added in float32 and rounded once."""
         limit = self._positions.shape[1]
-        if int(position_ids.min()) < 0 or int(position_ids.max()) >= limit:
+        if _out_of_range(position_ids, limit):
             wrong = position_ids[(position_ids < 0) | (position_ids >= limit)]
-            raise ValueError(f"position_ids: {int(wrong[0])} is out of range; accepted: 0 to {limit - 1}")
+            raise ValueError(f"position_ids holds {int(wrong[0])}; accepted: 0 to {limit - 1}")
         x = embeds.float() + self._bound.position_table[position_ids].float()
         if token_type_ids is not None:
             x += self.wte(token_type_ids).float()

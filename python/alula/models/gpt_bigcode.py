@@ -164,7 +164,7 @@ class GPTBigCodeModel(DecoderModel, GPTBigCodePreTrainedModel):
                 the causal limit too. Where a query sees no key its attention is zeros.
             token_type_ids: int64 [B, T], embedded with ``wte`` and added.
             position_ids: int64 [B, T] or [1, T]; default: the column, counted from the start of the cache, with no
-                correction for padding.
+                correction for padding. They choose rows of ``wpe`` and never what a query sees.
             head_mask: [H] or [L, H]; multiplies the attention probabilities.
             use_cache: return a cache (default: the configuration's).
             output_attentions: also the probabilities, L of [B, H, T, S]. output_hidden_states: also the input of every

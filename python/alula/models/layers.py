@@ -178,6 +178,9 @@ class WeightModule(Module):
         else:
             super().__setattr__(name, value)
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={list(shape)}" for name, shape in self.shapes.items())
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name in self.shapes:
             destination[prefix + name] = self.read(name)
