@@ -160,7 +160,11 @@ class DecoderModel(PreTrainedModel):
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         attentions: list[Tensor] | None = [] if output_attentions else None
         observe = None
-        positions, lengths = cache.prepare(tokens, padding)
+        before = cache.lengths
+        slots, lengths = cache.prepare(tokens, padding)
+        positions = slots
+        if padding is not None:  # a padding query sees what the last token before it saw
+            positions = torch.maximum(slots, before.unsqueeze(1) - 1).cummax(1).values
         if output_hidden_states or output_attentions:
 
             def observe(layer: int, x: Tensor, q: Tensor) -> None:
@@ -182,7 +186,9 @@ class DecoderModel(PreTrainedModel):
                     )
 
         try:
-            x = run_blocks(bound.blocks, shape, x, cache.layers, positions, lengths, mask, head_masks, causal, observe)
+            x = run_blocks(
+                bound.blocks, shape, x, cache.layers, slots, positions, lengths, mask, head_masks, causal, observe
+            )
         except BaseException:
             cache.crop(past)
             raise

@@ -347,6 +347,7 @@ def run_blocks(
     shape: BlockShape,
     x: Tensor,
     kv_layers: Sequence[Tensor],
+    slots: Tensor,
     positions: Tensor,
     lengths: Tensor,
     mask: Tensor | None = None,
@@ -358,7 +359,9 @@ def run_blocks(
     activated), MLP out (+ residual).
 
     Args:
-        x: [B, T, E]. kv_layers: per block [B, G, S, 2*D], written. positions, lengths: int32 [B, T], [B].
+        x: [B, T, E]. kv_layers: per block [B, G, S, 2*D], written.
+        slots: int32 [B, T], where keys and values go, negative = nowhere. positions: int32 [B, T], the last slot that
+            each query sees, negative = none. lengths: int32 [B].
         mask: as :func:`alula.ops.attention` takes it. head_masks: per block float32 [H].
         observe: called in every block with its index, its input and its query [B, T, H, D], once keys are written.
 
@@ -367,7 +370,7 @@ def run_blocks(
     heads, kv_heads, head_dim, width, mlp_width, scale, eps, activation = shape
     for layer, (n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc_w, fc_b, proj_w, proj_b) in enumerate(blocks):
         kv = kv_layers[layer]
-        q = qkv_op(x, qkv_w, qkv_b, n1w, n1b, eps, heads, kv_heads, head_dim, kv, positions)
+        q = qkv_op(x, qkv_w, qkv_b, n1w, n1b, eps, heads, kv_heads, head_dim, kv, slots)
         if observe is not None:
             observe(layer, x, q)
         head_mask = None if head_masks is None else head_masks[layer]
@@ -392,7 +395,7 @@ def attention_probabilities(
 ) -> Tensor:
     """The probabilities :func:`alula.ops.attention` uses and does not keep, [B, H, T, columns], in q's dtype.
 
-    Rows of padding queries are zeros. ``real_columns`` (bool [B, columns]) spreads the slots of a padded cache over the
+    ``real_columns`` (bool [B, columns]) spreads the slots of a padded cache over the
     columns of the batch; padding columns get zeros.
     """
     batch, tokens, heads, head_dim = q.shape
