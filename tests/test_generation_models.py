@@ -165,11 +165,11 @@ class NewMemory(TorchDispatchMode):
     "options", [{}, {"do_sample": True, "seed": 0, "top_p": 0.9, "repetition_penalty": 1.2}], ids=str
 )
 def test_a_step_allocates_nothing_that_grows_with_the_text(prompts, options):
-    model = GPTBigCodeForCausalLM(GPTBigCodeConfig(**make_config(n_positions=1024)))
-    generation = Generation(model, prompts, max_new_tokens=700, **options)
+    model = GPTBigCodeForCausalLM(GPTBigCodeConfig(**make_config(n_positions=512)))
+    generation = Generation(model, prompts, max_new_tokens=400, **options)
     steps = []
-    for _ in range(700):
-        if len(steps) < 20 or generation.length > 640:
+    for _ in range(400):
+        if len(steps) < 20 or generation.length > 390:
             with NewMemory() as memory:
                 next(generation)
             steps.append(memory.sizes)
@@ -178,4 +178,4 @@ def test_a_step_allocates_nothing_that_grows_with_the_text(prompts, options):
     assert len(steps[1]) > 10, "the mode sees the operations"
     assert steps[1] == steps[2] == steps[19] == steps[-1]
     # Nothing as large as one token row of the cache for the length of the text.
-    assert max(steps[-1]) < 640 * 2 * 16 * 4
+    assert max(steps[-1]) < 390 * 2 * 16 * 4

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from typing import NoReturn
 
 from alula._version import __version__
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line with `argv` (default: that of the process) and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        code = _run(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _run(argv)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -52,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     except _EXPECTED as error:
         if os.environ.get("ALULA_LOG", "0") not in ("", "0"):
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        _say(f"alula: error: {message}")
+        _say(f"alula: error: {_one_line(error)}")
         return 2
 
 
@@ -84,6 +86,14 @@ def _make_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=module.run)
     commands.add_parser("bench", help="time kernels and models against their peers", add_help=False)
     return parser
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    _say(f"alula: warning: {_one_line(message)}")
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split()) or type(message).__name__
 
 
 def _say(line: str) -> None:

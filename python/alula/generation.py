@@ -134,11 +134,11 @@ class Generation:
             with torch.inference_mode():
                 logits = (self._prefill() if is_first else self._decode())[:, -1].float()
                 chosen = self._choose(self._process(logits))
+            tokens = torch.tensor(chosen, dtype=torch.int64)
+            self.ids[:, self.length] = tokens
         except BaseException:
             self._cache.crop(columns)
             raise
-        tokens = torch.tensor(chosen, dtype=torch.int64)
-        self.ids[:, self.length] = tokens
         self.length += 1
         if not is_first:
             self._positions += self._running

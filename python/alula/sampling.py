@@ -21,9 +21,9 @@ Ints = NDArray[np.int64]
 
 # How far below the largest shifted logit a filter looks before it takes in the whole vocabulary.
 _SPREADS = (4.0, 8.0, 16.0)
-# top-p sorts at most this many tokens, or what is left after this many halvings (many equal logits).
+# top-p sorts at most this many tokens, or what is left after this many looks (many equal logits).
 _FEW = 1024
-_HALVINGS = 16
+_PROBES = 20
 # The last level of the inverse cumulative distribution: one block sum per this many tokens.
 _BLOCK = 256
 
@@ -139,41 +139,34 @@ def _nucleus(shifted: Floats, ids: Ints | None, top_p: float) -> Ints:
 def _around_cut(shifted: Floats, top_p: float) -> tuple[Ints, Ints, float]:
     """Narrow down where top-p cuts: (ids surely kept, ids among which the cut lies, weight of all below these)."""
     weights = np.exp(shifted)
-    total = enough = float(weights.sum(dtype=np.float64))
-    enough *= top_p
-    low, high = -np.inf, np.inf
-    mass = total
-    for spread in _SPREADS:
-        near = float(weights[shifted >= -spread].sum(dtype=np.float64))
-        if near >= enough:
-            low, mass = -spread, near
+    total = float(weights.sum(dtype=np.float64))
+    low, high = float(shifted.min()), np.inf  # the cut is at or above low and below high
+    num_kept, num_low = 0, len(shifted)  # how many tokens are at or above high, and low
+    probes = [-spread for spread in _SPREADS]
+    for _ in range(_PROBES):
+        if num_low - num_kept <= _FEW:
             break
-        high = -spread
-    ids = np.flatnonzero((shifted >= low) & (shifted < high))
-    low = max(low, float(shifted[ids].min()))
-    high = min(high, 0.0)
-    # A flat distribution: halve the range by value, so that no more than a few tokens have to be sorted.
-    surely = [np.flatnonzero(shifted >= high)] if high < 0.0 else []
-    for _ in range(_HALVINGS):
-        if len(ids) <= _FEW:
-            break
-        middle = 0.5 * (low + high)
-        upper = shifted[ids] >= middle
-        lower_mass = float(weights[ids[~upper]].sum(dtype=np.float64))
-        if mass - lower_mass >= enough:
-            low, mass, ids = middle, mass - lower_mass, ids[upper]
+        # Halfway once the first looks are used up, or further down where the least logit is -inf.
+        middle = 0.5 * (low + min(high, 0.0)) if np.isfinite(low) else 2.0 * high
+        probe = probes.pop(0) if probes else middle
+        if not low < probe < high:
+            continue
+        above = shifted >= probe
+        if float((weights * above).sum()) >= top_p * total:
+            low, num_low, probes = probe, np.count_nonzero(above), []
         else:
-            surely.append(ids[upper])
-            high, ids = middle, ids[~upper]
-    return np.concatenate([ids[:0], *surely]), ids, total - mass
+            high, num_kept = probe, np.count_nonzero(above)
+    surely = np.flatnonzero(shifted >= high)
+    ids = np.flatnonzero((shifted >= low) & (shifted < high))
+    return surely, ids, float((weights * (shifted < low)).sum(dtype=np.float64))
 
 
 def _draw_from_all(weights: Floats, uniform: float) -> int:
     """Invert the cumulative distribution of `weights` [V] in two levels: a block, then a token inside it."""
     starts = np.arange(0, len(weights), _BLOCK)
     blocks = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
-    target = uniform * blocks[-1]
-    block = min(int(np.searchsorted(blocks, target, side="right")), len(blocks) - 1)
+    target = min(uniform * blocks[-1], np.nextafter(blocks[-1], 0.0))
+    block = int(np.searchsorted(blocks, target, side="right"))
     start = block * _BLOCK
     inside = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
     if block:
