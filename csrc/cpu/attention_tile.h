@@ -1,0 +1,407 @@
+// The tile code of attention: a tile of query rows walks tiles of keys, and softmax is taken as it goes.
+//
+//   out[i] = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(scale q_i.k_j + bias - max)
+//
+// A query tile is any list of query rows that read the same key/value head: all query heads of a group for some tokens, so
+// that a key is read once for all of them. A key tile is up to kKeysAtOnce consecutive cache slots and a number that is added to
+// its scores (log(n) counts its keys n times). Who calls decides which key tiles a query tile walks, and in which order;
+// a row sees of a tile the keys below its limit.
+//
+// Per key tile
+//   K is transposed into panels of 32 keys [D][32], V is copied into panels of 32 columns [keys][32]
+//   for each block of kRows rows (in registers and first-level cache until the last line)
+//     scores = Q K^T                  [rows][keys]
+//     p = exp(scores - their max)     in place
+//     sums = alpha sums + beta p V    alpha and beta bring the old and the new maximum together
+// Memory: the tile's Q, sums and one packed key tile, all in the second-level cache; nothing grows with S.
+//
+// Operands are arrays of 32-bit units: a float, or on AVX512_BF16 a pair of bf16 that one instruction multiplies. All
+// other types become float when they are packed. A rows are read where they lie, so p needs no packing.
+//
+// Every score is one chain of multiply-adds over ascending d, every sum one over ascending key; the key tiles of a row are
+// merged in order, one after another. So a row's bits depend on its own query, keys and list of key tiles only; merging partial
+// results (merge_rows) of single key tiles in order gives the same bits as walking them.
+#pragma once
+
+#include "cpu/tile.h"
+#include "cpu/transpose.h"
+#include "cpu/vec_math.h"
+
+namespace alula::ALULA_ISA {
+
+constexpr int kKeysAtOnce = 128;      // the most keys of a key tile
+constexpr int kUnitStride = 256 + 16;  // of Q rows: the largest D; the odd line keeps the rows of a block in different cache sets
+constexpr int kScoreStride = kKeysAtOnce + 16;  // of score rows; 16 more so that a full store may start at the last key
+constexpr float kLowest = -3.402823466e38f;  // of a row that has seen nothing: finite, so differences are never inf - inf
+static_assert(kKeysAtOnce % kPanel == 0, "a key tile is a whole number of panels");
+static_assert(kScoreStride - kKeysAtOnce >= Vec::kWidth, "a full store that starts at the last key stays in its row");
+
+// What a product of values of type W is made of.
+template <typename W>
+struct Units {
+  static constexpr int kStep = 1;  // values in a unit
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Units<bf16> {
+  static constexpr int kStep = 2;
+};
+#endif
+
+// The units of up to Vec::kWidth * kStep values.
+template <typename W>
+ALULA_INLINE Vec load_units(const W* p, int lanes) {
+  if constexpr (Units<W>::kStep == 2) {
+    return load(reinterpret_cast<const float*>(p), lanes);
+  } else {
+    return load(p, lanes);
+  }
+}
+template <typename W>
+ALULA_INLINE Vec load_units(const W* p) {
+  if constexpr (Units<W>::kStep == 2) {
+    return load(reinterpret_cast<const float*>(p));
+  } else {
+    return load(p);
+  }
+}
+
+// a * b + c, where a and b are units.
+template <typename W>
+ALULA_INLINE Vec multiply_units(Vec a, Vec b, Vec c) {
+#if defined(__AVX512BF16__)
+  if constexpr (Units<W>::kStep == 2) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+#endif
+  return fma(a, b, c);
+}
+
+// One key/value head of one row of the batch: slot j has its key at data + j * stride, its value D further.
+template <typename W>
+struct KeyValues {
+  const W* data;
+  ptrdiff_t stride;
+  int64_t head_dim;
+};
+
+struct KeyTile {
+  int64_t first;  // slot
+  int count;      // <= kKeysAtOnce
+  float bias;     // added to every score
+};
+
+// Adds the mask of keys first .. first + count - 1 to the scores of a row of the tile.
+struct ScoreMask {
+  void (*add)(const void* context, int row, int64_t first, int count, float* scores);  // null: no mask
+  const void* context;
+};
+
+// Rows come in blocks of block_rows; the arrays have room for whole blocks. Rows beyond `rows` have limit 0.
+struct QueryTile {
+  int rows, block_rows;
+  int64_t head_dim;
+  float scale;
+  ScoreMask mask;
+  const float* q;          // units, [rows][kUnitStride]
+  const int32_t* limits;   // [rows]: row i sees slots below limits[i]
+  float* maxima;           // [rows], of the scores so far
+  float* denominators;     // [rows], sums of p so far
+  float* sums;             // [rows][sum_stride(D)], sums of p v so far
+};
+
+constexpr int64_t sum_stride(int64_t head_dim) { return (head_dim + kPanel - 1) / kPanel * kPanel; }
+
+// Blocks of equal size that are even, so that half as many kernels do; the odd row is a dummy.
+constexpr int block_rows_for(int rows) {
+  const int blocks = (rows + kRows - 1) / kRows;
+  const int even = ((rows + blocks - 1) / blocks + 1) / 2 * 2;
+  return blocks == 0 ? 2 : even;
+}
+constexpr int padded_rows(int rows) { return (rows + block_rows_for(rows) - 1) / block_rows_for(rows) * block_rows_for(rows); }
+
+// --- packing -----------------------------------------------------------------------------------------------------
+
+// A square of units: those from `unit` on of the keys from `key` on, transposed to out [units][32].
+template <typename W, bool kWhole>
+ALULA_INLINE void pack_key_square(const KeyValues<W>& source, int64_t slot, int keys, int64_t unit, int lanes, float* out) {
+  Vec rows[Vec::kWidth];
+#pragma GCC unroll 16
+  for (int i = 0; i < Vec::kWidth; i++) {
+    const W* p = source.data + (slot + i) * source.stride + unit * Units<W>::kStep;
+    if constexpr (kWhole) {
+      rows[i] = load_units(p);
+    } else {
+      rows[i] = i < keys ? load_units(p, lanes) : zero();
+    }
+  }
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < Vec::kWidth; i++) {
+    if (kWhole || i < lanes) store(out + i * kPanel, rows[i]);
+  }
+}
+
+// Keys of `tile` to k: [panels of 32 keys][units][32]. What stands for keys beyond the count is not defined.
+template <typename W>
+void pack_keys(const KeyValues<W>& source, const KeyTile& tile, float* k) {
+  const int64_t units = source.head_dim / Units<W>::kStep;
+  for (int key = 0; key < tile.count; key += Vec::kWidth) {
+    float* out = k + key / kPanel * units * kPanel + key % kPanel;
+    const int keys = tile.count - key < Vec::kWidth ? tile.count - key : Vec::kWidth;
+    for (int64_t unit = 0; unit < units; unit += Vec::kWidth) {
+      const int lanes = static_cast<int>(units - unit < Vec::kWidth ? units - unit : Vec::kWidth);
+      if (keys == Vec::kWidth && lanes == Vec::kWidth) {
+        pack_key_square<W, true>(source, tile.first + key, keys, unit, lanes, out + unit * kPanel);
+      } else {
+        pack_key_square<W, false>(source, tile.first + key, keys, unit, lanes, out + unit * kPanel);
+      }
+    }
+  }
+}
+
+constexpr int64_t kValuePanelSize = kKeysAtOnce * kPanel;  // units of a panel of values, for both kinds of unit
+
+// Values of `tile` to v: [panels of 32 columns][keys / kStep][32]. The odd key's partner in a pair is zero.
+template <typename W>
+void pack_values(const KeyValues<W>& source, const KeyTile& tile, float* v) {
+  const int64_t d = source.head_dim;
+  const W* values = source.data + tile.first * source.stride + d;
+  for (int key = 0; key < tile.count; key += Units<W>::kStep) {
+    const W* value = values + key * source.stride;
+    float* out = v + key / Units<W>::kStep * kPanel;
+    for (int64_t column = 0; column < d; column += Vec::kWidth) {
+      const int lanes = static_cast<int>(d - column < Vec::kWidth ? d - column : Vec::kWidth);
+      float* to = out + column / kPanel * kValuePanelSize + column % kPanel;
+#if defined(__AVX512BF16__)
+      if constexpr (Units<W>::kStep == 2) {
+        const bool has_odd = key + 1 < tile.count;
+        const __mmask16 mask = first_lanes(lanes);
+        const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, value + column));
+        const __m512i odd = _mm512_cvtepu16_epi32(
+            _mm256_maskz_loadu_epi16(has_odd ? mask : 0, value + (has_odd ? source.stride : 0) + column));
+        _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        continue;
+      }
+#endif
+      store(to, lanes == Vec::kWidth ? load(value + column) : load(value + column, lanes));
+    }
+  }
+}
+
+// The units of a query row.
+template <typename W>
+void pack_query_row(const W* q, int64_t head_dim, float* out) {
+  const int64_t units = head_dim / Units<W>::kStep;
+  for (int64_t unit = 0; unit < units; unit += Vec::kWidth) {
+    const int lanes = static_cast<int>(units - unit < Vec::kWidth ? units - unit : Vec::kWidth);
+    store(out + unit, load_units(q + unit * Units<W>::kStep, lanes));
+  }
+}
+
+// --- softmax -----------------------------------------------------------------------------------------------------
+
+// `visible` scores of a row become p, as float or (kPairs) as bf16 side by side; zeros follow up to `keys`. Hands back their
+// max and sum. NaN scores do not touch the maximum and stay NaN, so they reach the sum.
+template <bool kPairs>
+ALULA_INLINE void softmax_row(float* scores, int visible, int keys, float* max_out, float* sum_out) {
+  store(scores + visible, broadcast(-INFINITY));
+  Vec highest = broadcast(kLowest);
+  for (int j = 0; j < visible; j += Vec::kWidth) highest = max(load(scores + j), highest);
+  const float row_max = reduce_max(highest);
+  highest = broadcast(row_max);
+  Vec sum = zero();
+  int j = 0;
+  for (; j < visible; j += Vec::kWidth) {
+    const Vec p = exp(load(scores + j) - highest);
+    sum = sum + p;
+    if constexpr (kPairs) {
+      store(reinterpret_cast<bf16*>(scores) + j, p);
+    } else {
+      store(scores + j, p);
+    }
+  }
+  for (; j < keys; j += Vec::kWidth) {
+    if constexpr (kPairs) {
+      store(reinterpret_cast<bf16*>(scores) + j, zero());
+    } else {
+      store(scores + j, zero());
+    }
+  }
+  *max_out = row_max;
+  *sum_out = reduce_add(sum);
+}
+
+// Joins maxima and denominators of two halves of `count` rows into those of the first; alpha and beta are what the sums of
+// the first and the second are to be multiplied with. Whole registers are read and written.
+ALULA_INLINE void merge_weights(int count, float* maxima, float* denominators, const float* new_maxima,
+                                const float* new_denominators, float* alpha, float* beta) {
+  for (int i = 0; i < count; i += Vec::kWidth) {
+    const Vec old_max = load(maxima + i), new_max = load(new_maxima + i);
+    const Vec both = max(old_max, new_max);
+    const Vec a = exp(old_max - both), b = exp(new_max - both);
+    store(alpha + i, a);
+    store(beta + i, b);
+    const int lanes = count - i < Vec::kWidth ? count - i : Vec::kWidth;
+    store(denominators + i, fma(load(new_denominators + i), b, load(denominators + i) * a), lanes);
+    store(maxima + i, both, lanes);
+  }
+}
+
+// --- one key tile for one block of rows --------------------------------------------------------------------------
+
+struct PackedKeyTile {
+  KeyTile tile;
+  const float* k;  // pack_keys
+  const float* v;  // pack_values
+};
+
+// done(row, vec, sum) gets a[row][0 .. steps) b[0 .. steps)[kVecs registers], a with kStride units from row to row.
+template <typename W, int kTileRows, int kVecs, int kStride, typename Done>
+ALULA_INLINE void multiply_rows(const float* a, const float* b, int64_t steps, const Done& done) {
+  Vec acc[kTileRows][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; i++) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; v++) acc[i][v] = zero();
+  }
+  for (int64_t s = 0; s < steps; s++) {
+    Vec column[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; v++) column[v] = load(b + v * Vec::kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; i++) {
+      const Vec x = broadcast(a[i * kStride]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; v++) acc[i][v] = multiply_units<W>(x, column[v], acc[i][v]);
+    }
+    a++;
+    b += kPanel;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; i++) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; v++) done(i, v, acc[i][v]);
+  }
+}
+
+template <typename W, int kTileRows>
+void attend_block(const QueryTile& query, int row, const PackedKeyTile& keys) {
+  constexpr bool kPairs = Units<W>::kStep == 2;
+  const int64_t units = query.head_dim / Units<W>::kStep;
+  int visible[kTileRows], most = 0;
+  for (int i = 0; i < kTileRows; i++) {
+    const int64_t n = query.limits[row + i] - keys.tile.first;
+    visible[i] = static_cast<int>(n < 0 ? 0 : n < keys.tile.count ? n : keys.tile.count);
+    most = visible[i] > most ? visible[i] : most;
+  }
+  if (most == 0) return;
+
+  alignas(64) float scores[kTileRows * kScoreStride];
+  const Vec scale = broadcast(query.scale), bias = broadcast(keys.tile.bias);
+  for (int key = 0; key < most; key += kTileColumns) {
+    const float* k = keys.k + key / kPanel * units * kPanel + key % kPanel;
+    multiply_rows<W, kTileRows, kTileVecs, kUnitStride>(
+        query.q + row * kUnitStride, k, units, [&](int i, int v, Vec sum) {
+          store(scores + i * kScoreStride + key + v * Vec::kWidth, fma(sum, scale, bias));
+        });
+  }
+
+  alignas(64) float maxima[16], denominators[16], alpha[16], beta[16];
+  for (int i = 0; i < kTileRows; i++) {
+    float* s = scores + i * kScoreStride;
+    if (query.mask.add) query.mask.add(query.mask.context, row + i, keys.tile.first, visible[i], s);
+    softmax_row<kPairs>(s, visible[i], most, maxima + i, denominators + i);
+  }
+  for (int i = kTileRows; i < 16; i++) maxima[i] = denominators[i] = 0;
+  merge_weights(kTileRows, query.maxima + row, query.denominators + row, maxima, denominators, alpha, beta);
+
+  const int64_t stride = sum_stride(query.head_dim);
+  float* sums = query.sums + row * stride;
+  const int64_t steps = (most + Units<W>::kStep - 1) / Units<W>::kStep;
+  for (int64_t column = 0; column < query.head_dim; column += kTileColumns) {
+    const float* v = keys.v + column / kPanel * kValuePanelSize + column % kPanel;
+    const auto add = [&](int i, int vec, Vec sum) {
+      float* to = sums + i * stride + column + vec * Vec::kWidth;
+      store(to, fma(sum, broadcast(beta[i]), load(to) * broadcast(alpha[i])));
+    };
+    if (query.head_dim - column > Vec::kWidth) {
+      multiply_rows<W, kTileRows, kTileVecs, kScoreStride>(scores, v, steps, add);
+    } else {
+      multiply_rows<W, kTileRows, 1, kScoreStride>(scores, v, steps, add);
+    }
+  }
+}
+
+template <typename W>
+using BlockFunction = void (*)(const QueryTile&, int, const PackedKeyTile&);
+
+template <typename W>
+ALULA_INLINE BlockFunction<W> block_for(int block_rows) {
+  static_assert(kRows <= 12 && kRows % 2 == 0, "extend the table");
+  static constexpr BlockFunction<W> kTable[] = {
+      nullptr,
+      attend_block<W, 2>,
+      attend_block<W, 4>,
+#if defined(__AVX2__)
+      attend_block<W, 6>,
+#endif
+#if defined(__AVX512F__)
+      attend_block<W, 8>,
+      attend_block<W, 10>,
+      attend_block<W, 12>,
+#endif
+  };
+  return kTable[block_rows / 2];
+}
+
+// --- a query tile ------------------------------------------------------------------------------------------------
+
+constexpr int64_t packed_tile_size(int64_t head_dim) {  // floats of pack_keys and pack_values together
+  return kKeysAtOnce * head_dim + sum_stride(head_dim) / kPanel * kValuePanelSize;
+}
+
+// A query tile meets a key tile. packed: packed_tile_size floats of working memory.
+template <typename W>
+void attend(const QueryTile& query, const KeyValues<W>& source, const KeyTile& tile, float* packed) {
+  int64_t most = 0;
+  for (int i = 0; i < query.rows; i++) most = query.limits[i] > most ? query.limits[i] : most;
+  if (most <= tile.first) return;
+  PackedKeyTile keys = {tile, packed, packed + kKeysAtOnce * source.head_dim};
+  if (most - tile.first < tile.count) keys.tile.count = static_cast<int>(most - tile.first);
+  pack_keys(source, keys.tile, packed);
+  pack_values(source, keys.tile, packed + kKeysAtOnce * source.head_dim);
+  const BlockFunction<W> block = block_for<W>(query.block_rows);
+  for (int row = 0; row < query.rows; row += query.block_rows) block(query, row, keys);
+}
+
+// What a tile is before its first key.
+inline void clear(const QueryTile& query) {
+  const int rows = padded_rows(query.rows);
+  for (int i = 0; i < rows; i++) {
+    query.maxima[i] = kLowest;
+    query.denominators[i] = 0;
+  }
+  std::memset(query.sums, 0, static_cast<size_t>(rows * sum_stride(query.head_dim)) * sizeof(float));
+}
+
+// Adds what `part` (the same rows) has seen to what `query` has seen.
+inline void merge_rows(const QueryTile& query, const QueryTile& part) {
+  const int64_t stride = sum_stride(query.head_dim);
+  for (int row = 0; row < query.rows; row += 16) {
+    const int count = query.rows - row < 16 ? query.rows - row : 16;
+    alignas(64) float maxima[16] = {}, denominators[16] = {}, alpha[16], beta[16];
+    for (int i = 0; i < count; i++) {
+      maxima[i] = part.maxima[row + i];
+      denominators[i] = part.denominators[row + i];
+    }
+    merge_weights(count, query.maxima + row, query.denominators + row, maxima, denominators, alpha, beta);
+    for (int i = 0; i < count; i++) {
+      float* sums = query.sums + (row + i) * stride;
+      const float* more = part.sums + (row + i) * stride;
+      for (int64_t column = 0; column < stride; column += Vec::kWidth) {
+        store(sums + column, fma(load(more + column), broadcast(beta[i]), load(sums + column) * broadcast(alpha[i])));
+      }
+    }
+  }
+}
+
+}  // namespace alula::ALULA_ISA

@@ -1,0 +1,228 @@
+#include "ops/attention.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "core/scratch.h"
+#include "core/tensor.h"
+#include "cpu/parallel.h"
+#include "ops/kv_cache.h"
+
+namespace alula {
+namespace {
+
+// Below this much work a second thread costs more than it saves: multiply-adds, and elements of the cache read.
+constexpr double kAloneMultiplyAdds = 400e3;
+constexpr double kAloneElements = 50e3;
+
+// --- checks ------------------------------------------------------------------------------------------------------
+
+MaskKind mask_kind_of(const Tensor& mask) {
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool:
+      return MaskKind::kBool;
+    case ScalarType::Float:
+      return MaskKind::kFloat32;
+    case ScalarType::BFloat16:
+      return MaskKind::kBFloat16;
+    case ScalarType::Half:
+      return MaskKind::kFloat16;
+    default:
+      fail("mask has dtype ", name_of(mask.scalar_type()), "; accepted: bool (true = visible), or float32, bfloat16, "
+           "float16 (added to the scores)");
+  }
+}
+
+void set_mask(AttentionArgs& args, const OptionalTensor& mask, int64_t batch, int64_t longest) {
+  args.mask_kind = MaskKind::kNone;
+  if (!mask) return;
+  check_cpu(*mask, "mask");
+  args.mask_kind = mask_kind_of(*mask);
+  const auto fits = [](int64_t size, int64_t full) { return size == full || size == 1; };
+  ALULA_CHECK(mask->dim() == 4 && fits(mask->size(0), batch) && fits(mask->size(1), args.num_heads) &&
+                  mask->size(2) == args.tokens && mask->size(3) >= longest,
+              "mask has shape ", shape_of(*mask), "; accepted: [", batch, " or 1, ", args.num_heads, " or 1, ", args.tokens,
+              ", at least ", longest, "] (B, H, T, the largest of lengths)");
+  args.mask = mask->const_data_ptr();
+  for (int i = 0; i < 4; i++) args.mask_strides[i] = mask->size(i) == 1 && i < 2 ? 0 : mask->stride(i);
+}
+
+// int32 [B], each in [0, S]; contiguous on return.
+Tensor checked_lengths(const Tensor& lengths, int64_t batch, int64_t capacity) {
+  check_cpu(lengths, "lengths");
+  check_shape(lengths, "lengths", {batch}, "[B]");
+  check_dtype(lengths, "lengths", ScalarType::Int, "an index");
+  const Tensor result = as_contiguous(lengths);
+  const auto* length = static_cast<const int32_t*>(result.const_data_ptr());
+  for (int64_t b = 0; b < batch; b++) {
+    ALULA_CHECK(length[b] >= 0 && length[b] <= capacity, "lengths holds ", length[b], "; kv_cache has ", capacity,
+                " slots, so 0 to ", capacity, " is accepted");
+  }
+  return result;
+}
+
+// --- what there is to do -----------------------------------------------------------------------------------------
+
+// Kept by each calling thread, so that a step of decoding allocates nothing.
+struct Plan {
+  std::vector<int32_t> tokens, limits;  // of all batch rows, one after another
+  std::vector<AttentionTile> tiles;
+  std::vector<int64_t> first_item;      // of each tile when keys are split, and their number at the end
+  double multiply_adds, elements;
+};
+
+// Lists the tokens that are no padding, zeros the output of those that are, and cuts the rows into tiles.
+void make_tiles(Plan& plan, const AttentionArgs& args, const AttentionKernels& kernels, const int32_t* positions,
+                const int32_t* lengths, int64_t batch, bool causal, size_t token_bytes) {
+  const int64_t group = args.num_heads / args.num_kv_heads;
+  plan.tokens.resize(static_cast<size_t>(batch * args.tokens));
+  plan.limits.resize(static_cast<size_t>(batch * args.tokens));
+  plan.tiles.clear();
+  plan.multiply_adds = plan.elements = 0;
+
+  // Tiles as large as leaves each thread a few: a packed key tile serves all rows of a tile.
+  const int64_t share = batch * args.tokens * args.num_heads / (num_threads() * 6);
+  const int64_t wanted = std::clamp<int64_t>(share, 4 * kernels.rows_per_block, kernels.max_rows);
+
+  for (int64_t b = 0; b < batch; b++) {
+    int32_t* tokens = plan.tokens.data() + b * args.tokens;
+    int32_t* limits = plan.limits.data() + b * args.tokens;
+    int64_t count = 0;
+    for (int64_t t = 0; t < args.tokens; t++) {
+      const int32_t position = positions[b * args.tokens + t];
+      if (position < 0) {
+        std::memset(static_cast<char*>(args.out) + static_cast<size_t>(b * args.tokens + t) * token_bytes, 0, token_bytes);
+        continue;
+      }
+      tokens[count] = static_cast<int32_t>(t);
+      limits[count++] = causal ? std::min(lengths[b], position + (position < lengths[b])) : lengths[b];
+    }
+    const int64_t rows = count * group;
+    const int64_t cuts = (rows + wanted - 1) / wanted;
+    for (int64_t g = 0; g < args.num_kv_heads; g++) {
+      const int64_t blocks = (rows + kernels.rows_per_block - 1) / kernels.rows_per_block;
+      for (int64_t cut = 0; cut < cuts; cut++) {
+        const int64_t first = blocks * cut / cuts * kernels.rows_per_block;
+        const int64_t last = std::min(rows, blocks * (cut + 1) / cuts * kernels.rows_per_block);
+        if (first == last) continue;
+        const int32_t limit = *std::max_element(limits + first / group, limits + (last - 1) / group + 1);
+        plan.tiles.push_back({b, g, tokens, limits, static_cast<int32_t>(rows), static_cast<int32_t>(first),
+                              static_cast<int32_t>(last - first), limit});
+        plan.multiply_adds += 2.0 * static_cast<double>(last - first) * static_cast<double>(args.head_dim) * limit;
+        plan.elements += 2.0 * static_cast<double>(args.head_dim) * limit;
+      }
+    }
+  }
+}
+
+// Takes what is next of `count` items, on as many threads as help. Who does which item does not show in the results.
+template <typename F>
+void run_items(int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  parallel_parts(std::min(count, num_threads()), [&](int64_t) {
+    for (int64_t item = next++; item < count; item = next++) f(item);
+  });
+}
+
+// Few tiles and many keys: an item is one key tile of one tile, and who finishes a tile's last item merges them all.
+void run_split(Plan& plan, const AttentionArgs& args, const AttentionKernels& kernels) {
+  struct Partials;
+  struct Working;
+  const size_t count = plan.tiles.size();
+  plan.first_item.assign(count + 1, 0);
+  std::vector<std::atomic<int32_t>> pending(count);
+  std::vector<int64_t> offsets(count + 1, 0);
+  for (size_t i = 0; i < count; i++) {
+    const AttentionTile& tile = plan.tiles[i];
+    const int64_t items = std::max<int64_t>(1, (tile.limit + kernels.keys_per_tile - 1) / kernels.keys_per_tile);
+    pending[i].store(static_cast<int32_t>(items), std::memory_order_relaxed);
+    plan.first_item[i + 1] = plan.first_item[i] + items;
+    offsets[i + 1] = offsets[i] + items * kernels.partial_bytes(args, tile.num_rows);
+  }
+  char* partials = static_cast<char*>(thread_scratch<Partials>().reserve(static_cast<size_t>(offsets[count])));
+  const auto scratch_bytes = static_cast<size_t>(kernels.scratch_bytes(args));
+  run_items(plan.first_item[count], [&](int64_t item) {
+    const auto after = std::upper_bound(plan.first_item.begin(), plan.first_item.end(), item);
+    const size_t i = static_cast<size_t>(after - plan.first_item.begin()) - 1;
+    const AttentionTile& tile = plan.tiles[i];
+    const int64_t index = item - plan.first_item[i];
+    void* scratch = thread_scratch<Working>().reserve(scratch_bytes);
+    kernels.attend_one(args, tile, index, partials + offsets[i] + index * kernels.partial_bytes(args, tile.num_rows), scratch);
+    if (pending[i].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      kernels.combine(args, tile, partials + offsets[i], plan.first_item[i + 1] - plan.first_item[i], scratch);
+    }
+  });
+}
+
+}  // namespace
+
+Tensor attention(const Tensor& q, const Tensor& kv_cache, const Tensor& positions, const Tensor& lengths,
+                 const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal) {
+  check_cpu(q, "q");
+  ALULA_CHECK(q.dim() == 4, "q has shape ", shape_of(q), "; expected [B, T, H, D]");
+  const int64_t batch = q.size(0), tokens = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
+  const DType dtype = value_dtype(q, "q");
+  ALULA_CHECK(kv_cache.dim() == 4, "kv_cache has shape ", shape_of(kv_cache), "; expected [B, G, S, 2 * D]");
+  const int64_t num_kv_heads = kv_cache.size(1);
+  check_heads(num_heads, num_kv_heads, head_dim);
+  check_kv_cache(kv_cache, batch, num_kv_heads, head_dim);
+  check_dtype(kv_cache, "kv_cache", q.scalar_type(), "q");
+  const Tensor slots = checked_positions(positions, batch, tokens);
+  const Tensor valid = checked_lengths(lengths, batch, kv_cache.size(2));
+  const auto* length = static_cast<const int32_t*>(valid.const_data_ptr());
+  OptionalTensor head_factors = head_mask;
+  if (head_factors) {
+    check_cpu(*head_factors, "head_mask");
+    check_shape(*head_factors, "head_mask", {num_heads}, "[H]");
+    check_dtype(*head_factors, "head_mask", ScalarType::Float, "a factor of probabilities");
+    head_factors = as_contiguous(*head_factors);
+  }
+
+  const Tensor query = as_contiguous(q);
+  AttentionArgs args = {};
+  args.dtype = dtype;
+  args.tokens = tokens;
+  args.num_heads = num_heads;
+  args.num_kv_heads = num_kv_heads;
+  args.head_dim = head_dim;
+  args.q = query.const_data_ptr();
+  args.kv_cache = kv_cache.const_data_ptr();
+  for (int i = 0; i < 3; i++) args.kv_strides[i] = kv_cache.stride(i);
+  set_mask(args, mask, batch, batch > 0 ? *std::max_element(length, length + batch) : 0);
+  args.head_mask = static_cast<const float*>(data_or_null(head_factors));
+  args.scale = static_cast<float>(scale);
+  Tensor out = torch::stable::empty({batch, tokens, num_heads * head_dim}, q.scalar_type());
+  args.out = out.mutable_data_ptr();
+
+  struct Working;
+  static thread_local Plan own_plan;
+  Plan& plan = own_plan;  // a reference, so that other threads see this one's
+  const AttentionKernels& kernels = ALULA_KERNELS(kAttention);
+  const size_t token_bytes = static_cast<size_t>(num_heads * head_dim) * (dtype == DType::kFloat32 ? 4 : 2);
+  make_tiles(plan, args, kernels, static_cast<const int32_t*>(slots.const_data_ptr()), length, batch, causal, token_bytes);
+  const auto count = static_cast<int64_t>(plan.tiles.size());
+  const bool alone =
+      num_threads() == 1 || (plan.multiply_adds <= kAloneMultiplyAdds && plan.elements <= kAloneElements);
+  if (!alone && count < 3 * num_threads()) {
+    run_split(plan, args, kernels);
+    return out;
+  }
+  const auto scratch_bytes = static_cast<size_t>(kernels.scratch_bytes(args));
+  const auto attend = [&](int64_t item) {  // the last tiles see most keys, so they go first
+    kernels.attend_all(args, plan.tiles[static_cast<size_t>(count - 1 - item)],
+                       thread_scratch<Working>().reserve(scratch_bytes));
+  };
+  if (alone) {
+    for (int64_t item = 0; item < count; item++) attend(item);
+  } else {
+    run_items(count, attend);
+  }
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+
+}  // namespace alula
