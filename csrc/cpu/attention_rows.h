@@ -106,7 +106,7 @@ void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTil
     const int64_t left = query.limits[row] - tile.first;
     if (left <= 0) continue;
     const int visible = static_cast<int>(left < tile.count ? left : tile.count);
-    const float* q = query.q + row * kUnitStride;
+    const float* q = query.q + row * kQueryStride;
     const Vec scale = broadcast(query.scale), bias = broadcast(tile.bias);
     for (int key = 0; key < visible; key += Vec::kWidth) {
       store(scores + key, fma(dot_keys(q, source, tile.first + key, visible - key), scale, bias));

@@ -30,7 +30,7 @@
 namespace alula::ALULA_ISA {
 
 constexpr int kKeysAtOnce = 128;      // the most keys of a key tile
-constexpr int kUnitStride = 256 + 16;  // of Q rows: the largest D; the odd line keeps the rows of a block in different cache sets
+constexpr int kQueryStride = 256 + 16;  // of Q rows: the largest D; the odd line keeps the rows of a block in different cache sets
 constexpr int kScoreStride = kKeysAtOnce + 16;  // of score rows; 16 more so that a full store may start at the last key
 constexpr float kLowest = -3.402823466e38f;  // of a row that has seen nothing: finite, so differences are never inf - inf
 static_assert(kKeysAtOnce % kPanel == 0, "a key tile is a whole number of panels");
@@ -101,7 +101,7 @@ struct QueryTile {
   int64_t head_dim;
   float scale;
   ScoreMask mask;
-  const float* q;          // units, [rows][kUnitStride]
+  const float* q;          // units, [rows][kQueryStride]
   const int32_t* limits;   // [rows]: row i sees slots below limits[i]
   float* maxima;           // [rows], of the scores so far
   float* denominators;     // [rows], sums of p so far
@@ -211,7 +211,7 @@ ALULA_INLINE void softmax_row(float* scores, int visible, int keys, float* max_o
   Vec sum = zero();
   int j = 0;
   for (; j < visible; j += Vec::kWidth) {
-    const Vec p = exp(load(scores + j) - highest);
+    const Vec p = exp_of_negative(load(scores + j) - highest);
     sum = sum + p;
     if constexpr (kPairs) {
       store(reinterpret_cast<bf16*>(scores) + j, p);
@@ -237,7 +237,7 @@ ALULA_INLINE void merge_weights(int count, float* maxima, float* denominators, c
   for (int i = 0; i < count; i += Vec::kWidth) {
     const Vec old_max = load(maxima + i), new_max = load(new_maxima + i);
     const Vec both = max(old_max, new_max);
-    const Vec a = exp(old_max - both), b = exp(new_max - both);
+    const Vec a = exp_of_negative(old_max - both), b = exp_of_negative(new_max - both);
     store(alpha + i, a);
     store(beta + i, b);
     const int lanes = count - i < Vec::kWidth ? count - i : Vec::kWidth;
@@ -299,8 +299,8 @@ void attend_block(const QueryTile& query, int row, const PackedKeyTile& keys) {
   const Vec scale = broadcast(query.scale), bias = broadcast(keys.tile.bias);
   for (int key = 0; key < most; key += kTileColumns) {
     const float* k = keys.k + key / kPanel * units * kPanel + key % kPanel;
-    multiply_rows<W, kTileRows, kTileVecs, kUnitStride>(
-        query.q + row * kUnitStride, k, units, [&](int i, int v, Vec sum) {
+    multiply_rows<W, kTileRows, kTileVecs, kQueryStride>(
+        query.q + row * kQueryStride, k, units, [&](int i, int v, Vec sum) {
           store(scores + i * kScoreStride + key + v * Vec::kWidth, fma(sum, scale, bias));
         });
   }

@@ -41,7 +41,7 @@ struct Workspace {
 Workspace workspace_at(const AttentionArgs& args, void* scratch) {
   Workspace w;
   w.q = static_cast<float*>(scratch);
-  w.limits = reinterpret_cast<int32_t*>(w.q + (kMaxRows + kRows) * kUnitStride);
+  w.limits = reinterpret_cast<int32_t*>(w.q + (kMaxRows + kRows) * kQueryStride);
   w.state = reinterpret_cast<float*>(w.limits) + vector_size(kMaxRows);
   w.packed = w.state + partial_size(args.head_dim, kMaxRows);
   w.size = w.packed + round_to_line(packed_tile_size(args.head_dim)) - w.q;
@@ -116,11 +116,11 @@ QueryTile open_tile(const AttentionArgs& args, const AttentionTile& tile, const 
     const RowPlace place = place_of(args, tile, row);
     w.limits[row] = place.limit;
     const int64_t at = (tile.batch * args.tokens + place.token) * args.num_heads + place.head;
-    pack_query_row(static_cast<const W*>(args.q) + at * args.head_dim, args.head_dim, w.q + row * kUnitStride);
+    pack_query_row(static_cast<const W*>(args.q) + at * args.head_dim, args.head_dim, w.q + row * kQueryStride);
   }
   for (int row = tile.num_rows; row < padded_rows(tile.num_rows); row++) {
     w.limits[row] = 0;
-    std::memset(w.q + row * kUnitStride, 0, kUnitStride * sizeof(float));
+    std::memset(w.q + row * kQueryStride, 0, kQueryStride * sizeof(float));
   }
   set_state(query, state);
   clear(query);
