@@ -18,8 +18,8 @@ namespace alula::ALULA_ISA {
 
 constexpr int kPrefetchAhead = 4096;  // bytes
 
-// A packed row of X: its blocks of K, each kUnitStride units, one block of K after the other for all rows of a row block:
-// [row block][block of K][rows][kUnitStride].
+// A packed row of X: its blocks of K, each kRowStride units, one block of K after the other for all rows of a row block:
+// [row block][block of K][rows][kRowStride].
 template <typename W>
 constexpr int64_t num_blocks_of_k(int64_t k) {
   const int64_t steps = (k + Operand<W>::kStep - 1) / Operand<W>::kStep;
@@ -27,7 +27,7 @@ constexpr int64_t num_blocks_of_k(int64_t k) {
 }
 template <typename W>
 constexpr int64_t packed_row_size(int64_t k) {
-  return num_blocks_of_k<W>(k) * kUnitStride<W>;
+  return num_blocks_of_k<W>(k) * kRowStride<W>;
 }
 
 // Row `index` of X, normed if asked, to `a`, a row of a packed block of `rows` rows. Values beyond K, up to whole steps, are zero.
@@ -53,7 +53,7 @@ inline void pack_x_row(const PanelGemmArgs& args, int64_t index, float* a, int r
       if constexpr (Operand<W>::kStep == 2 && Operand<W>::kUnits == 2) value = round_to_bf16(value);
       store(out + i, value);
     }
-    a += rows * kUnitStride<W>;
+    a += rows * kRowStride<W>;
   }
 }
 
@@ -64,7 +64,7 @@ void pack_rows_of(const PanelGemmArgs& args, int64_t first, int64_t last, void* 
     const int64_t begin = block * kRows;
     const int rows = static_cast<int>(args.m - begin < kRows ? args.m - begin : kRows);
     float* a = static_cast<float*>(packed) + begin * row_size;
-    for (int row = 0; row < rows; row++) pack_x_row<W>(args, begin + row, a + row * kUnitStride<W>, rows);
+    for (int row = 0; row < rows; row++) pack_x_row<W>(args, begin + row, a + row * kRowStride<W>, rows);
   }
 }
 
@@ -97,7 +97,7 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
         for (int64_t row = row_begin; row < row_end; row += kRows) {
           const int rows = static_cast<int>(row_end - row < kRows ? row_end - row : kRows);
           const float* a =
-              static_cast<const float*>(packed) + row * row_size + step / kBlockSteps<W> * rows * kUnitStride<W>;
+              static_cast<const float*>(packed) + row * row_size + step / kBlockSteps<W> * rows * kRowStride<W>;
           float* sums = c + (row - row_begin) * kPanel;
           if (few_rows) {
             tile_for<W, kPrefetchAhead>(rows)(a, b + step * kPair * kPanel, count, sums);

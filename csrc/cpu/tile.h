@@ -1,7 +1,7 @@
 // tile: C[rows][32] += A[rows][K] B[K][32], the register-tiled heart of linear and qkv_projection.
 //
 // Operands
-//   A  rows of 32-bit units, kUnitStride apart: fp32 values or, for bf16 weights on a CPU that multiplies pairs (AVX512_BF16), pairs
+//   A  rows of 32-bit units, kRowStride apart: fp32 values or, for bf16 weights on a CPU that multiplies pairs (AVX512_BF16), pairs
 //      of bf16. Each unit is broadcast from where it lies; the stride is a constant, so twelve rows need one pointer.
 //   B  a panel of a packed weight, 32 columns per k; for bf16 pairs (k, k+1) per column.
 //   C  fp32 [rows][32], added to: a product over a long K runs in blocks, each summed from zero. One chain through all of K
@@ -55,7 +55,7 @@ template <typename W>
 constexpr int64_t kBlockSteps = kBlockBytes / (kPanel * static_cast<int64_t>(sizeof(W)) * Operand<W>::kStep);
 // Units from a row of A to the next: a block's, and one more line, so that the rows of a tile fall into different cache sets.
 template <typename W>
-constexpr int64_t kUnitStride = kBlockSteps<W> * Operand<W>::kUnits + 16;
+constexpr int64_t kRowStride = kBlockSteps<W> * Operand<W>::kUnits + 16;
 
 // One step: acc[i][v] += A[i] B[v]. `b` points at this step's columns, from the tile's first.
 template <int kTileRows, typename W>
@@ -65,7 +65,7 @@ ALULA_INLINE void multiply_step(const float* a, const W* b, Vec (&acc)[kTileRows
   for (int v = 0; v < kTileVecs; v++) column[v] = load(b + v * Vec::kWidth);
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; i++) {
-    const Vec x = broadcast(a[i * kUnitStride<W>]);
+    const Vec x = broadcast(a[i * kRowStride<W>]);
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVecs; v++) acc[i][v] = fma(x, column[v], acc[i][v]);
   }
@@ -79,7 +79,7 @@ ALULA_INLINE void multiply_step(const float* a, const bf16* b, Vec (&acc)[kTileR
   for (int v = 0; v < kTileVecs; v++) column[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * Vec::kWidth);
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; i++) {
-    const auto pair = (__m512bh)_mm512_set1_ps(a[i * kUnitStride<bf16>]);
+    const auto pair = (__m512bh)_mm512_set1_ps(a[i * kRowStride<bf16>]);
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVecs; v++) acc[i][v].v = _mm512_dpbf16_ps(acc[i][v].v, pair, column[v]);
   }
@@ -110,7 +110,7 @@ ALULA_INLINE void multiply_step(const float* a, const bf16* b, Vec (&acc)[kTileR
   for (int v = 0; v < kTileVecs; v++) widen_pairs(b + v * 2 * Vec::kWidth, even[v], odd[v]);
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; i++) {
-    const Vec x = broadcast(a[i * kUnitStride<bf16>]), y = broadcast(a[i * kUnitStride<bf16> + 1]);
+    const Vec x = broadcast(a[i * kRowStride<bf16>]), y = broadcast(a[i * kRowStride<bf16> + 1]);
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVecs; v++) acc[i][v] = fma(y, odd[v], fma(x, even[v], acc[i][v]));
   }
