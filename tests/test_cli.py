@@ -262,6 +262,33 @@ def test_errors_are_one_line_that_says_what_to_do(folder, capsys, tmp_path, monk
     assert "pip install 'alula[text]'" in capsys.readouterr().err
 
 
+def test_warnings_are_one_line(folder, capsys, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 3}')
+    assert main(["generate", "x", "--model", str(tmp_path), "--max-new-tokens", "2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["new_tokens"] == 2
+    assert err.startswith("alula: warning: ")
+    assert "num_beams" in err
+    assert err.count("\n") == 1
+
+
+def test_unexpected_errors_are_cut_and_shown_in_full_on_demand(folder, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("internal\n" * 1000)
+
+    monkeypatch.setattr("alula.generation.Generation.__next__", fail)
+    args = ["generate", "x", "--model", str(folder), "--json"]
+    assert main(args) == 2
+    assert re.fullmatch(
+        r"alula: error: internal .{,600} ... \(ALULA_LOG=1 shows all of it\)\n", capsys.readouterr().err
+    )
+    monkeypatch.setenv("ALULA_LOG", "1")
+    assert main(args) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_no_prompt_on_a_terminal_is_an_error():
     parent, child = pty.openpty()
     done = run(["generate"], stdin=child)

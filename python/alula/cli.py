@@ -28,6 +28,7 @@ examples:
 
 `alula COMMAND --help` lists the options of a command.
 """
+_LONGEST_LINE = 500
 _EXPECTED = (CommandError, ValueError, OSError, ImportError, RuntimeError, MemoryError)
 
 
@@ -93,7 +94,8 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split()) or type(message).__name__
+    line = " ".join(str(message).split()) or type(message).__name__
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ... (ALULA_LOG=1 shows all of it)"
 
 
 def _say(line: str) -> None:

@@ -169,7 +169,7 @@ class Generation:
     def _decode(self) -> Tensor:
         """Read the newest token of each row; logits [B, 1, V].
 
-        A row that has ended is masked out: nothing of it is stored, and no attention is computed for it.
+        A row that has ended is masked out: nothing of it is stored, and it takes no more positions.
         """
         ids = self.ids[:, self.length - 1 : self.length].to(self._model.device)
         has_ended = any(self.finish_reasons)
