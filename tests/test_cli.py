@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import alula
@@ -18,6 +17,7 @@ import torch
 from alula import tokenizer as alula_tokenizer
 from alula.cli import main
 from alula.config import GPTBigCodeConfig
+from alula.generation import Generation
 from alula.limits import last_level_cache_bytes, read_bandwidth
 from alula.models import AutoModelForCausalLM, GPTBigCodeForCausalLM
 
@@ -320,18 +320,31 @@ def test_text_streams_and_ctrl_c_ends_it(folder):
     assert (out + rest).decode().rstrip("\n") == text.rstrip("\n")
 
 
-def test_ctrl_c_with_json_gives_what_there_is(folder):
-    process = start(folder, "--json")
-    time.sleep(3.0)
-    if process.poll() is not None:
-        pytest.skip("this machine made 8000 tokens before it could be interrupted")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert err.startswith(b"alula: stopped by Ctrl-C")
-    assert err.count(b"\n") == 1
-    if out:  # nothing, if it was still reading the model
-        assert json.loads(out)["finish_reason"] == "interrupted"
+def test_ctrl_c_with_json_gives_what_there_is(folder, capsys, monkeypatch):
+    step = Generation.__next__
+
+    def interrupted_step(generation):
+        if generation.num_new_tokens[0] == 5:
+            raise KeyboardInterrupt
+        return step(generation)
+
+    monkeypatch.setattr(Generation, "__next__", interrupted_step)
+    assert main(["generate", "def f(", "--model", str(folder), "--json"]) == 130
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    monkeypatch.undo()
+    assert report["text"] == generated(folder, "def f(", max_new_tokens=5)
+    assert (report["new_tokens"], report["finish_reason"]) == (5, "interrupted")
+    assert err == "alula: stopped by Ctrl-C after 5 new tokens\n"
+
+
+def test_ctrl_c_while_the_model_is_read(folder, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", interrupted)
+    assert main(["generate", "x", "--model", str(folder)]) == 130
+    assert capsys.readouterr() == ("", "alula: stopped by Ctrl-C\n")
 
 
 def test_a_reader_that_leaves_ends_it_quietly(folder):
