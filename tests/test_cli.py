@@ -177,9 +177,9 @@ def test_batches_print_in_order(folder, capsys, tmp_path):
 
 
 def test_rows_of_a_batch_wait_for_their_turn(capsys):
-    from alula.commands.generate import _Printer
+    from alula.commands.output import Printer
 
-    printer = _Printer(["a", "b", "c"], is_quiet=False)
+    printer = Printer(["a", "b", "c"], is_quiet=False)
     printer.begin()
     assert capsys.readouterr().out == "[1/3]\na"
     printer.add(["1", "2", "3"], [False, False, True])

@@ -1,0 +1,101 @@
+"""Options and prompts that generation refuses, naming what is wrong, before the model or a cache is touched."""
+
+import warnings
+
+import pytest
+import torch
+from alula.generation import GenerationConfig, generate, stream
+from toy_decoder import ToyDecoder
+
+
+@pytest.mark.parametrize(
+    "prompt, options, message",
+    [
+        ([], {}, "batch is empty"),
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        (torch.zeros(1, 0, dtype=torch.int64), {}, "prompt is empty"),
+        (torch.zeros(0, 3, dtype=torch.int64), {}, r"B >= 1, but has \[0, 3\]"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), {}, r"shape \[B, T\]"),
+        (torch.zeros(1, 2), {}, "must be integers, but are torch.float32"),
+        ([[1.5]], {}, "must be integers"),
+        ([["a"]], {}, "must be ids"),
+        ("text", {}, "but is a str"),
+        ([64], {}, "id 64; accepted: 0 to 63"),
+        ([-1], {}, "id -1; accepted"),
+        (torch.tensor([[1, 2]]), {"attention_mask": torch.ones(1, 3)}, r"\[1, 3\]; accepted: \[1, 2\]"),
+        (torch.tensor([[1, 2]]), {"attention_mask": torch.zeros(1, 2)}, "prompt 0 is empty"),
+        ([[1, 2]], {"attention_mask": torch.ones(1, 2)}, "lists of ids need none"),
+        ([1] * 129, {}, "has 129 tokens, but the model has n_positions=128"),
+        ([1], {"max_new_tokens": 128}, "n_positions=128; ask for at most 127"),
+        ([1] * 5, {"max_length": 5}, "leaves no room after a prompt of 5 tokens"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ([1], {"max_new_tokens": 2.5}, "max_new_tokens must be an integer"),
+        ([1], {"temperature": -0.1, "do_sample": True}, "temperature must be at least 0"),
+        ([1], {"temperature": float("nan"), "do_sample": True}, "temperature must be at least 0"),
+        ([1], {"temperature": "hot"}, "temperature must be a number"),
+        ([1], {"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ([1], {"top_p": 1.01}, "top_p must be above 0 and at most 1"),
+        ([1], {"top_k": -1}, "top_k must be at least 0"),
+        ([1], {"min_p": 1.5}, "min_p must be at least 0 and at most 1"),
+        ([1], {"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ([1], {"do_sample": 1}, "do_sample must be True or False"),
+        ([1], {"num_return_sequences": 0}, "num_return_sequences must be at least 1"),
+        ([1], {"eos_token_id": "x"}, "eos_token_id must be"),
+        ([1], {"eos_token_id": [1, -2]}, "eos_token_id must be at least 0"),
+        ([1], {"stop_strings": [""]}, "stop_strings must be non-empty"),
+        ([1], {"stop_strings": "x"}, "need a tokenizer"),
+        ([1], {"stop_strings": "x", "tokenizer": object()}, "must have a decode"),
+        ([1], {"max_new_token": 3}, "no option `max_new_token`; did you mean `max_new_tokens`"),
+        ([1], {"temprature": 3}, "did you mean `temperature`"),
+        ([1], {"num_beams": 4}, "num_beams=4 is not supported; accepted: 1"),
+        ([1], {"do_sample": True, "seed": -3}, "seed must be an integer >= 0"),
+        ([1], {"do_sample": True, "seed": [1, 2]}, r"a list of 1 \(one per row\)"),
+        ([1], {"do_sample": True, "seed": 1, "generator": torch.Generator()}, "not both"),
+    ],
+)
+def test_bad_input_is_named_before_anything_runs(prompt, options, message):
+    model = ToyDecoder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=message):
+            generate(model, prompt, **options)
+        if "attention_mask" not in options:
+            with pytest.raises(ValueError, match=message):
+                stream(model, prompt, **options)
+    assert not model.calls
+
+
+def test_no_prompt_or_two():
+    with pytest.raises(ValueError, match="takes the prompt as"):
+        generate(ToyDecoder())
+    with pytest.raises(ValueError, match="takes the prompt as"):
+        generate(ToyDecoder(), [1], inputs=[1])
+
+
+def test_neutral_options_of_hugging_face_are_accepted():
+    out = generate(ToyDecoder(), [1], num_beams=1, use_cache=True, return_dict_in_generate=False, max_new_tokens=2)
+    assert out.shape == (1, 3)
+
+
+def test_sampling_options_without_sampling_warn():
+    with pytest.warns(UserWarning, match="top_k matter only with do_sample=True"):
+        generate(ToyDecoder(), [1], top_k=5, max_new_tokens=2)
+
+
+def test_generation_config_files(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": [3, 4], "do_sample": true, "top_k": 7, "transformers_version": "5", "x": 1}')
+    config = GenerationConfig.from_pretrained(tmp_path)
+    assert (config.eos_ids, config.do_sample, config.top_k, config.temperature) == ((3, 4), True, 7, 1.0)
+    config.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path) == config
+    path.write_text('{"num_beams": 4, "top_p": 0.5}')
+    with pytest.warns(UserWarning, match="num_beams"):
+        assert GenerationConfig.from_pretrained(tmp_path).top_p == 0.5
+    for text, message in (("{", "is not JSON"), ("[]", "must hold a JSON object"), ('{"top_p": 3}', "top_p must be")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            GenerationConfig.from_pretrained(tmp_path)
+    path.unlink()
+    assert GenerationConfig.from_pretrained(tmp_path, ToyDecoder().config).eos_ids == ()
