@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what editors see
     from alula.config import *
     from alula.generation_config import *
     from alula.models import *
+    from alula.tokenization import *
 
 # Where each public name lives. Modules are imported when a name of theirs is first used: `import alula` costs nothing.
 _EXPORTS = {
@@ -30,6 +31,7 @@ _EXPORTS = {
         "GPTBigCodeForTokenClassification",
         "GPTBigCodeModel",
     ],
+    "alula.tokenization": ["AutoTokenizer", "CodeGenTokenizer", "GPT2Tokenizer"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
