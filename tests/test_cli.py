@@ -14,12 +14,12 @@ from pathlib import Path
 import alula
 import pytest
 import torch
-from alula import tokenizer as alula_tokenizer
 from alula.cli import main
 from alula.config import GPTBigCodeConfig
 from alula.generation import Generation
 from alula.limits import last_level_cache_bytes, read_bandwidth
 from alula.models import AutoModelForCausalLM, GPTBigCodeForCausalLM
+from alula.tokenization import AutoTokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -62,7 +62,7 @@ def quick_bandwidth(monkeypatch):
 
 
 def generated(folder: Path, prompt: str, **options) -> str:
-    tokenizer = alula_tokenizer.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode(prompt)
     out = AutoModelForCausalLM.from_pretrained(folder).generate([ids], **options)
     return tokenizer.decode(out[0, len(ids) :])
@@ -129,7 +129,7 @@ def test_one_new_token(folder, capsys):
 def test_options_mean_what_they_mean_in_python(folder, capsys, options, api):
     assert main(["generate", "abc", "--model", str(folder), "--max-new-tokens", "16", "--json", *options]) == 0
     dtype = api.pop("dtype", None)
-    tokenizer = alula_tokenizer.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     out = model.generate([tokenizer.encode("abc")], max_new_tokens=16, **api)
     assert json.loads(capsys.readouterr().out)["text"] == tokenizer.decode(out[0, 3:])
@@ -233,7 +233,7 @@ def test_errors_are_one_line_that_says_what_to_do(folder, capsys, tmp_path, monk
         (["generate", "x", *model, "--tempreture", "1"], "unrecognized arguments: --tempreture 1"),
         (["generate", "x", "--model", "bigcode/santacoder"], "hf download bigcode/santacoder"),
         (["generate", "x", "--model", str(file)], "give the folder"),
-        (["generate", "x", "--model", str(tmp_path / "nothing")], "holds no tokenizer.json"),
+        (["generate", "x", "--model", str(tmp_path / "nothing")], "has no tokenizer.json"),
         (["generate", "x", "--model", str(tmp_path / "no_weights")], "model.safetensors"),
         (["generate", "x", "--model", str(tmp_path / "broken")], "model.safetensors"),
         (["generate", "x", *model, "--batch-file", str(file)], "not both"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from alula.tokenizer import decoder_for
+from alula.tokenization.streaming import decoder_for
 
 __all__ = ["TextStream"]
 

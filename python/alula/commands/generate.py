@@ -63,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
     prompts = _read_batch(args) if args.batch_file is not None else [_read_prompt(args)]
     folder = _model_folder(args.model)
 
-    from alula import tokenizer as tokenizers
     from alula.generation import Generation
     from alula.models.auto import AutoModelForCausalLM
+    from alula.tokenization import AutoTokenizer
 
-    tokenizer = tokenizers.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[args.dtype])
     config = getattr(model, "generation_config", None)
@@ -165,7 +165,7 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _encode(tokenizer: Any, prompt: str, index: int) -> list[int]:
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt, verbose=False)
     if not ids:
         raise CommandError(f"prompt {index + 1} becomes no token with this model's tokenizer")
     return ids

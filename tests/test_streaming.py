@@ -1,11 +1,11 @@
-"""The tokenizer wrapper: its incremental decoders give, joined, what decoding all ids at once gives."""
+"""Incremental decoders give, joined, what decoding all ids at once gives."""
 
 import random
-import sys
 
 import pytest
 from alula.stopping import TextStream
-from alula.tokenizer import Tokenizer, decoder_for, load
+from alula.tokenization import AutoTokenizer, TokenizersBackend
+from alula.tokenization.streaming import decoder_for
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -62,12 +62,12 @@ def wordpiece() -> "tokenizers.Tokenizer":
 @pytest.mark.parametrize("make", [byte_level, metaspace, wordpiece])
 @pytest.mark.parametrize("skip", [True, False])
 def test_pieces_join_to_the_whole(make, skip):
-    tokenizer = Tokenizer(make())
+    tokenizer = TokenizersBackend(tokenizer_object=make())
     rng = random.Random(0)
     texts = [*TEXTS, "the cats sat, unwanted", "the 猫 sat\n😀"]
     sequences = [tokenizer.encode(text) for text in texts]
     if make is byte_level:  # any ids at all: broken characters, special and added tokens in between
-        sequences += [[rng.randrange(tokenizer.vocab_size) for _ in range(60)] for _ in range(200)]
+        sequences += [[rng.randrange(len(tokenizer)) for _ in range(60)] for _ in range(200)]
     for ids in sequences:
         decoder = tokenizer.decoder(skip_special_tokens=skip)
         pieces = [decoder.push(i) for i in ids]
@@ -77,7 +77,7 @@ def test_pieces_join_to_the_whole(make, skip):
 
 
 def test_no_half_characters():
-    tokenizer = Tokenizer(byte_level())
+    tokenizer = TokenizersBackend(tokenizer_object=byte_level())
     for text in TEXTS[:3]:
         decoder = tokenizer.decoder()
         for i in tokenizer.encode(text):
@@ -92,45 +92,30 @@ def test_no_half_characters():
 
 
 def test_a_window_decoder_never_waits_for_ever():
-    tokenizer = Tokenizer(metaspace())
+    tokenizer = TokenizersBackend(tokenizer_object=metaspace())
     decoder = tokenizer.decoder()
-    broken = tokenizer.backend.token_to_id("<0xF0>")
+    broken = tokenizer.convert_tokens_to_ids("<0xF0>")
     shown = "".join(decoder.push(broken) for _ in range(200))
     assert len(shown) > 100
     assert len(decoder._ids) < 64
 
 
 def test_ids_beyond_the_tokenizer_are_nothing():
-    tokenizer = Tokenizer(byte_level())
+    tokenizer = TokenizersBackend(tokenizer_object=byte_level())
     assert tokenizer.decoder().push(10_000) == "" == tokenizer.decode([10_000])
 
 
 def test_settings_of_the_file_do_not_cut_or_pad(tmp_path):
     backend = byte_level()
     backend.enable_truncation(4)
-    backend.enable_padding(length=64)
+    backend.enable_padding(length=64, pad_token="<|end|>")
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|end|>"}}')
-    tokenizer = load(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer(TEXTS)["input_ids"] == [tokenizer.encode(text) for text in TEXTS]
     assert tokenizer.eos_token_id == 0
-    assert tokenizer.special_ids == {0}
-
-
-def test_bad_folders(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
-        load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
-    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
-        load(tmp_path)
-    byte_level().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="is not a JSON object"):
-        load(tmp_path)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install 'alula\[text\]'"):
-        load(tmp_path)
+    assert decoder_for(tokenizer)[1] == {0}
 
 
 def test_any_kind_of_tokenizer_can_stop_a_text():
@@ -138,7 +123,7 @@ def test_any_kind_of_tokenizer_can_stop_a_text():
     transformers = pytest.importorskip("transformers")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     ids = backend.encode("return x # stop here").ids
-    for tokenizer in (backend, Tokenizer(byte_level()), fast):
+    for tokenizer in (backend, TokenizersBackend(tokenizer_object=byte_level()), fast):
         text = TextStream(tokenizer, ["sto", "hop"], [])
         assert "".join(text.push(i) for i in [0, *ids]) + text.flush() == "return x # "
         assert text.stopped_by == "sto"
