@@ -189,9 +189,9 @@ ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
 }
 // x in the first n lanes, y in the others.
 ALULA_INLINE Vec select_first(int n, Vec x, Vec y) { return {_mm512_mask_blend_ps(first_lanes(n), y.v, x.v)}; }
-// a - round(a), exact; 0 for an infinity.
-ALULA_INLINE Vec fraction(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// a * 2^n for integral n; exact wherever the result is a number, through denormals to zero and to infinity.
+// a - floor(a), exact; 0 for an infinity.
+ALULA_INLINE Vec fraction(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+// a * 2^floor(n); exact wherever the result is a number, through denormals to zero and to infinity.
 constexpr bool kScaleTakesAnyPower = true;
 ALULA_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 ALULA_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
@@ -292,8 +292,8 @@ ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
 ALULA_INLINE Vec select_first(int n, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_castsi256_ps(first_lanes(n)))};
 }
-// a - round(a), exact, for finite a.
-ALULA_INLINE Vec fraction(Vec a) { return a - round(a); }
+// a - floor(a), exact, for finite a.
+ALULA_INLINE Vec fraction(Vec a) { return {_mm256_sub_ps(a.v, _mm256_floor_ps(a.v))}; }
 // a * 2^n for integral -252 <= n <= 254, in two factors so that each is a normal number and the result may be denormal.
 constexpr bool kScaleTakesAnyPower = false;
 ALULA_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
@@ -404,8 +404,11 @@ ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
 }
 // x in the first n lanes, y in the others.
 ALULA_INLINE Vec select_first(int n, Vec x, Vec y) { return select(IntLanes{0, 1, 2, 3} < n, x.v, y.v); }
-// a - round(a), exact, for |a| < 2^22.
-ALULA_INLINE Vec fraction(Vec a) { return a - round(a); }
+// a - floor(a), exact, for |a| < 2^22.
+ALULA_INLINE Vec fraction(Vec a) {
+  const Vec d = a - round(a);
+  return select(d.v < 0.0f, d.v + 1.0f, d.v);
+}
 // a * 2^n for integral -252 <= n <= 254, in two factors so that each is a normal number and the result may be denormal.
 constexpr bool kScaleTakesAnyPower = false;
 ALULA_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {

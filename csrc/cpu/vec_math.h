@@ -29,6 +29,20 @@ ALULA_INLINE Vec exp(Vec x) { return exp_in_range(max(broadcast(-104.0f), min(br
 // For x <= 0, or NaN.
 ALULA_INLINE Vec exp_of_negative(Vec x) { return exp_in_range(max(broadcast(-104.0f), x)); }
 
+// 2^x: 2^floor(x) times a polynomial in the fraction. Relative error 1.5e-7 for every x, the infinities included; where x
+// is a rounded product y / ln 2 the result is exp(y) within |y| * 1.2e-7 more. AVX-512 takes 8 instructions for it.
+ALULA_INLINE Vec exp2(Vec x) {
+  if constexpr (!kScaleTakesAnyPower) x = max(broadcast(-151.0f), min(broadcast(129.0f), x));
+  const Vec r = fraction(x);
+  Vec p = broadcast(0x1.e97502p-10f);
+  p = fma(p, r, broadcast(0x1.277852p-7f));
+  p = fma(p, r, broadcast(0x1.c91ce4p-5f));
+  p = fma(p, r, broadcast(0x1.ebdb5cp-3f));
+  p = fma(p, r, broadcast(0x1.62e4bap-1f));
+  p = fma(p, r, broadcast(1.0f));
+  return scale_by_power_of_two(p, kScaleTakesAnyPower ? x : x - r);  // which drops the fraction by itself
+}
+
 // 1 / (1 + exp(-x))
 ALULA_INLINE Vec sigmoid(Vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exp(zero() - x)); }
 
