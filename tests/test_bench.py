@@ -377,6 +377,18 @@ def test_an_engine_that_is_not_installed_is_missing(tmp_path):
         engine.load(**setup)  # not installed, or asked for a batch that it does not do
 
 
+def test_alula_against_transformers(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    path = tmp_path / "results.json"
+    flags = ["--preset", "toy", "--dtype", "fp32", "--batch", "2", "--left-pad", "--prompt-tokens", "24", "--quick"]
+    status = main(["model", *flags, "--peers", "none", "--threads", "1", "--cache", str(tmp_path), "--json", str(path)])
+    assert status == 0, capsys.readouterr().err
+    decode, prefill = report.read_records(path)[1:]
+    assert decode["correct"]
+    assert decode["max_error"] < 2e-4
+    assert prefill["median_s"] > 0
+
+
 # ---- reports
 
 
