@@ -24,14 +24,14 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 
 def parse_dtype(dtype: torch.dtype | str, what: str = "dtype") -> torch.dtype:
-    """A torch.dtype from itself or from its name, with or without ``torch.`` in front; ValueError for anything else."""
+    """A floating-point torch.dtype from itself or from its name; ValueError for anything else."""
     if isinstance(dtype, str):
         found = getattr(torch, dtype.removeprefix("torch."), None)
-        if isinstance(found, torch.dtype):
+        if isinstance(found, torch.dtype) and found.is_floating_point:
             return found
-    elif isinstance(dtype, torch.dtype):
+    elif isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
-    raise ValueError(f"{what}={dtype!r} is not a dtype; accepted: float32, bfloat16, float16")
+    raise ValueError(f"{what}={dtype!r} is not a floating-point dtype; accepted: float32, bfloat16, float16")
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -361,7 +361,7 @@ class AutoConfig:
         """Reads config.json from a folder (or the file itself) into the class of its ``model_type``."""
         values = PretrainedConfig.get_config_dict(path)
         model_type = "gpt_bigcode" if is_santacoder_original(values) else values.get("model_type")
-        if model_type not in CONFIG_CLASSES:
+        if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
             what = f"has model_type {model_type!r}" if model_type else "names no model_type"
             raise ValueError(f"{path}: config.json {what}; accepted: {', '.join(CONFIG_CLASSES)}")
         return CONFIG_CLASSES[model_type].from_dict(values, **overrides)

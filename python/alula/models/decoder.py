@@ -53,19 +53,23 @@ def _out_of_range(ids: Tensor, count: int) -> bool:
 class DecoderModel(PreTrainedModel):
     """A stack of pre-layer-norm blocks with learned positions.
 
-    Subclasses make ``wte``, ``wpe``, ``h`` and ``ln_f`` (blocks have ``bind() -> BlockWeights``) and call
-    :meth:`finish` at the end of ``__init__``.
+    Subclasses make ``wte``, ``wpe``, ``h`` (blocks with ``bind() -> BlockWeights``) and ``ln_f``, and say
+    :meth:`block_shape`.
     """
 
     wte: Embedding
     wpe: PositionTable
     ln_f: LayerNorm
 
-    def __init__(self, config: PretrainedConfig, shape: BlockShape) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        self._shape = shape
+        self._shape = self.block_shape()
         self._bound = _Bound()
         self._positions = torch.arange(config.max_position_embeddings).unsqueeze(0)  # [1, P]
+
+    def block_shape(self) -> BlockShape:
+        """The sizes of the blocks, from the configuration."""
+        raise TypeError(f"{type(self).__name__} does not say how large its blocks are")
 
     def _bind(self) -> _Bound:
         bound = self._bound

@@ -129,13 +129,26 @@ class GPTBigCodeModel(DecoderModel, GPTBigCodePreTrainedModel):
         self, config: GPTBigCodeConfig, *, dtype: torch.dtype | None = None, init_weights: bool = True
     ) -> None:
         dtype = dtype or torch.float32
-        super().__init__(config, _block_shape(config))
+        super().__init__(config)
         self.wte = Embedding(config.vocab_size, config.n_embd, dtype)
         self.wpe = PositionTable(config.n_positions, config.n_embd, dtype)
         self.h = ModuleList([GPTBigCodeBlock(config, dtype) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype)
         if init_weights:
             self.init_weights()
+
+    def block_shape(self) -> BlockShape:
+        config = self.config
+        return BlockShape(
+            num_heads=config.n_head,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            width=config.n_embd,
+            mlp_width=config.intermediate_size,
+            scale=config.head_dim**-0.5 if config.scale_attn_weights else 1.0,
+            norm_eps=config.layer_norm_epsilon,
+            activation=ACTIVATIONS[config.activation_function],
+        )
 
     def forward(
         self,
@@ -393,19 +406,6 @@ class GPTBigCodeForTokenClassification(_GPTBigCodeWithHead):
         loss = None if labels is None else token_classification_loss(logits, labels)
         output = TokenClassifierOutput(loss, logits, run.hidden_states, run.attentions)
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
-
-
-def _block_shape(config: GPTBigCodeConfig) -> BlockShape:
-    return BlockShape(
-        num_heads=config.n_head,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        width=config.n_embd,
-        mlp_width=config.intermediate_size,
-        scale=config.head_dim**-0.5 if config.scale_attn_weights else 1.0,
-        norm_eps=config.layer_norm_epsilon,
-        activation=ACTIVATIONS[config.activation_function],
-    )
 
 
 def _refuse_encoder(encoder_hidden_states: Tensor | None, encoder_attention_mask: Tensor | None) -> None:
