@@ -619,6 +619,27 @@ def test_configuration_files(folder, name, source, case, tmp_path_factory):
             assert everything(ours_again)["ids"] == everything(ours)["ids"]
 
 
+@pytest.mark.parametrize("name", ["CodeGenTokenizer", "AutoTokenizer"])
+def test_runs_of_white_space_as_added_tokens(folder, name):
+    """What CodeGen's checkpoints have: vocab.json, merges.txt, and tokens for runs of spaces and tabs beside them."""
+    runs = [*(" " * n for n in range(31, 1, -1)), *("\t" * n for n in range(9, 1, -1))]
+    path = folder(
+        added_tokens__json={run: 440 + i for i, run in enumerate(runs)},
+        special_tokens_map__json={"bos_token": END, "eos_token": END, "unk_token": END},
+        tokenizer_config__json={"tokenizer_class": "CodeGenTokenizer", "add_prefix_space": False, "vocab_size": 440},
+        config__json={"model_type": "codegen", "tokenizer_class": "GPT2Tokenizer"},
+    )
+    theirs, ours = both(name, path)
+    texts = [*HOSTILE, *random_texts(100), "\t" * 3000 + " " * 3000]
+    ids = ours(texts)["input_ids"]
+    assert ids == theirs(texts)["input_ids"]
+    assert ours.decode(ids) == texts
+    for text, row in zip(texts, ids, strict=True):
+        decoder = ours.decoder(skip_special_tokens=False)
+        assert "".join(map(decoder.push, row)) + decoder.flush() == text
+    assert everything(ours) == everything(theirs)
+
+
 def test_special_tokens_as_plain_objects(folder):
     # A TypeError in transformers, but found in the wild.
     path = folder(tokenizer_config__json={"pad_token": {"content": "<p>", "lstrip": True, "special": True}})
