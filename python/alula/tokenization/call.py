@@ -110,6 +110,8 @@ class TextCalls:
         check_return_tensors(return_tensors)
         how = resolve_lengths(self, padding, truncation, max_length, pad_to_multiple_of, padding_side, verbose)
         batch, is_batch, has_pairs = _make_batch(text, text_pair, is_split_into_words)
+        for row, item in enumerate(batch):
+            _check_unicode(row, item)
         backend = self._tokenizer
         if how.truncation != "do_not_truncate":
             self._check_truncation(how, stride, has_pairs, add_special_tokens)
@@ -137,7 +139,7 @@ class TextCalls:
                 batch, is_pretokenized=is_split_into_words, add_special_tokens=add_special_tokens
             )
         except TypeError as error:
-            raise _explain(batch, error) from None
+            raise ValueError(f"{error}; accepted: {_ACCEPTED}") from None
         except BaseException as error:
             # The library raises plain Exception, and pyo3's PanicException, which is no Exception.
             if type(error) is not Exception and type(error).__name__ != "PanicException":
@@ -242,21 +244,18 @@ def _check_texts(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` holds {value!r}; accepted: {_ACCEPTED}")
 
 
-def _explain(batch: list[Any], error: TypeError) -> Exception:
-    """The library refuses text without saying where; this finds the first text that is none, or is no Unicode."""
-    for row, item in enumerate(batch):
-        for text in _texts_of(item):
-            if not isinstance(text, str):
-                return ValueError(f"row {row} of the batch holds {text!r}; accepted: {_ACCEPTED}")
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as broken:
-                return ValueError(
-                    f"row {row} of the batch is not Unicode text: character {broken.start} is the lone surrogate "
-                    f"U+{ord(text[broken.start]):04X}"
-                )
-    return ValueError(f"{error}; accepted: {_ACCEPTED}")
-
-
-def _texts_of(item: Any) -> list[Any]:
-    return [text for part in item for text in _texts_of(part)] if isinstance(item, (list, tuple)) else [item]
+def _check_unicode(row: int, item: Any) -> None:
+    """The library says not where a text is none, and its older releases write U+FFFD for a lone surrogate."""
+    if isinstance(item, (list, tuple)):
+        for part in item:
+            _check_unicode(row, part)
+    elif not isinstance(item, str):
+        raise ValueError(f"row {row} of the batch holds {item!r}; accepted: {_ACCEPTED}")
+    elif not item.isascii():
+        try:
+            item.encode("utf-8")
+        except UnicodeEncodeError as broken:
+            raise ValueError(
+                f"row {row} of the batch is not Unicode text: character {broken.start} is the lone surrogate "
+                f"U+{ord(item[broken.start]):04X}"
+            ) from None
