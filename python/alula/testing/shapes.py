@@ -85,6 +85,8 @@ ATTENTION = [
     Attention(1, 31, 129, 2, 2, 8),
     Attention(1, 1, 257, 24, 1, 64),
     Attention(1, 127, 3, 1, 1, 256),
+    Attention(1, 97, 31, 2, 1, 24),
+    Attention(1, 331, 0, 4, 1, 8),  # enough rows for query tiles of the full 192
 ]
 
 ATTENTION_REAL = [
