@@ -4,6 +4,7 @@ The rules are tested on a toy decoder whose next token is a known function of th
 test_generation_models.py runs real ones.
 """
 
+import numpy as np
 import pytest
 import torch
 from alula.cache import KVCache
@@ -77,6 +78,8 @@ def test_ways_to_give_prompts():
         torch.tensor([3, 5, 7]),
         torch.tensor([[3, 5, 7]], dtype=torch.int32),
         torch.tensor([[3, 0, 5, 0, 7]])[:, ::2],
+        np.array([[3, 5, 7]]),
+        list(np.array([3, 5, 7])),
     ):
         assert torch.equal(generate(model, prompt, max_new_tokens=4), expected)
     assert torch.equal(model.generate(inputs=torch.tensor([[3, 5, 7]]), max_new_tokens=4), expected)
@@ -220,6 +223,7 @@ def test_seeds_reproduce():
     options = {"do_sample": True, "max_new_tokens": 15}
     one, again, other = (new_tokens(model, [1, 2], seed=s, **options) for s in (4, 4, 5))
     assert one == again != other
+    assert new_tokens(model, [1, 2], seed=np.int64(4), **{**options, "max_new_tokens": np.int32(15)}) == one
     assert generate(model, [[1, 2]] * 2, seed=[5, 4], **options)[:, 2:].tolist() == [other, one]
     longer = new_tokens(model, [1, 2], seed=4, do_sample=True, max_new_tokens=20)
     assert longer[:15] == one

@@ -39,7 +39,19 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line with `argv` (default: that of the process) and return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    code = _guarded(sys.argv[1:] if argv is None else argv)
+    if argv is None and code == 130:
+        # Where Ctrl-C interrupts an exec() (importing torch has many), CPython remembers it and dies of the signal at
+        # exit, although it was handled. The code would be lost.
+        os._exit(code)
+    return code
+
+
+def _guarded(argv: list[str]) -> int:
+    """Run, and turn whatever goes wrong into one line and an exit code."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -50,13 +62,14 @@ def main(argv: list[str] | None = None) -> int:
         _say("alula: stopped by Ctrl-C")
         return 130
     except BrokenPipeError:
-        # Nobody reads on: give the interpreter somewhere harmless to flush to when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_output()
         return 141
     except _EXPECTED as error:
         if os.environ.get("ALULA_LOG", "0") not in ("", "0"):
             traceback.print_exc()
         _say(f"alula: error: {_one_line(error)}")
+        if isinstance(error, OSError):
+            _abandon_output()
         return 2
 
 
@@ -89,6 +102,14 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _abandon_output() -> None:
+    """Give what is still buffered for standard output a place to go, as nobody takes it: the interpreter flushes it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _show_warning(message: Warning | str, *_: object) -> None:
     _say(f"alula: warning: {_one_line(message)}")
 
@@ -99,5 +120,4 @@ def _one_line(message: object) -> str:
 
 
 def _say(line: str) -> None:
-    if sys.stderr is not None:
-        print(line, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)

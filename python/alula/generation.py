@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -256,8 +257,8 @@ def _row_seeds(seed: int | Sequence[int] | None, generator: torch.Generator | No
         seed = int(torch.randint(2**62, (1,), generator=generator))
     elif generator is not None:
         raise ValueError("give `seed` or `generator`, not both")
-    seeds = [seed + b for b in range(num_rows)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != num_rows or not all(isinstance(s, int) and s >= 0 for s in seeds):
+    seeds = [int(seed) + b for b in range(num_rows)] if isinstance(seed, Integral) else list(seed)
+    if len(seeds) != num_rows or not all(isinstance(s, Integral) and s >= 0 for s in seeds):
         raise ValueError(f"seed must be an integer >= 0, or a list of {num_rows} (one per row), but is {seed!r}")
     return seeds
 

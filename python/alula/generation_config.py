@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ class GenerationConfig:
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a row, maybe none."""
         eos = self.eos_token_id
-        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return () if eos is None else (int(eos),) if isinstance(eos, Integral) else tuple(map(int, eos))
 
     def check(self) -> None:
         """Raise ValueError for the first value that is not accepted."""
@@ -174,7 +175,7 @@ class GenerationConfig:
             _check_int(name, getattr(self, name), at_least=1)
         for name in ("min_new_tokens", "min_length", "top_k", "pad_token_id", "bos_token_id"):
             _check_int(name, getattr(self, name), at_least=0)
-        if not isinstance(self.eos_token_id, int | None) and not _is_sequence_of(self.eos_token_id, int):
+        if not isinstance(self.eos_token_id, Integral | None) and not _is_sequence_of(self.eos_token_id, Integral):
             raise ValueError(f"eos_token_id must be an id or a list of ids, but is {self.eos_token_id!r}")
         for token in self.eos_ids:
             _check_int("eos_token_id", token, at_least=0)
@@ -191,7 +192,7 @@ class GenerationConfig:
 def _check_int(name: str, value: Any, at_least: int) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be an integer, but is {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, but is {value}")
@@ -200,7 +201,7 @@ def _check_int(name: str, value: Any, at_least: int) -> None:
 def _check_real(name: str, value: Any, accepted: str, is_accepted: Any) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, but is {value!r}")
     if not math.isfinite(value) or not is_accepted(value):
         raise ValueError(f"{name} must be {accepted}, but is {value}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +27,12 @@ def read_prompts(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (ids int64 [B, T] on the CPU, mask int64 [B, T] of 0 and 1, or None where nothing is padding).
 
-    A tensor is taken as it is; where it comes without a mask, `pad_token_id` counts as padding if it is no eos id, as
-    in transformers.  Lists are left padded.  Raises ValueError for what is empty, of a wrong type or shape, for a row
-    that is all padding, and for an id outside the vocabulary.
+    A tensor or NumPy array is taken as it is; where it comes without a mask, `pad_token_id` counts as padding if it is
+    no eos id, as in transformers.  Lists are left padded.  Raises ValueError for what is empty, of a wrong type or
+    shape, for a row that is all padding, and for an id outside the vocabulary.
     """
+    if isinstance(input_ids, np.ndarray):
+        input_ids = torch.from_numpy(input_ids)
     if isinstance(input_ids, Tensor):
         ids, mask = _from_tensor(input_ids, attention_mask, config)
     else:
@@ -79,7 +83,7 @@ def _from_lists(prompts: Any, pad_id: int) -> tuple[Tensor, Tensor | None]:
         )
     if not prompts:
         raise ValueError("the batch is empty; give at least one prompt with at least one token")
-    if all(isinstance(token, int) for token in prompts):
+    if all(isinstance(token, Integral) for token in prompts):
         prompts = [prompts]
     rows = [_row(prompt, i) for i, prompt in enumerate(prompts)]
     width = max(map(len, rows))

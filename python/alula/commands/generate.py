@@ -1,4 +1,8 @@
-"""Continue a text. It is printed as it is made, after the prompt; then one line about speed on standard error."""
+"""Continue a text. It is printed as it is made, after the prompt; then one line about speed on standard error.
+
+--temperature, --top-k, --top-p and --min-p turn sampling on (a temperature of 0 turns it off); without them the model's
+generation_config.json decides.
+"""
 
 from __future__ import annotations
 
