@@ -213,11 +213,15 @@ def test_errors_are_one_line_that_says_what_to_do(folder, capsys, tmp_path, monk
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "no_tokenizer").mkdir()
+    (tmp_path / "no_tokenizer" / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "no_weights").mkdir()
     (tmp_path / "broken").mkdir()
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / "no_weights" / name).write_bytes((folder / name).read_bytes())
         (tmp_path / "broken" / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": {}}')
     (tmp_path / "broken" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     cases = [
         (["generate", "", *model], "the prompt is empty"),
@@ -233,9 +237,11 @@ def test_errors_are_one_line_that_says_what_to_do(folder, capsys, tmp_path, monk
         (["generate", "x", *model, "--tempreture", "1"], "unrecognized arguments: --tempreture 1"),
         (["generate", "x", "--model", "bigcode/santacoder"], "hf download bigcode/santacoder"),
         (["generate", "x", "--model", str(file)], "give the folder"),
-        (["generate", "x", "--model", str(tmp_path / "nothing")], "has no tokenizer.json"),
+        (["generate", "x", "--model", str(tmp_path / "nothing")], "has no config.json"),
+        (["generate", "x", "--model", str(tmp_path / "no_tokenizer")], "has no tokenizer.json"),
         (["generate", "x", "--model", str(tmp_path / "no_weights")], "model.safetensors"),
         (["generate", "x", "--model", str(tmp_path / "broken")], "model.safetensors"),
+        (["generate", "x", "--model", str(tmp_path / "odd")], "accepted: gpt_bigcode"),
         (["generate", "x", *model, "--batch-file", str(file)], "not both"),
         (["generate", *model, "--batch-file", str(tmp_path / "missing")], "cannot be read"),
         (["generate", *model, "--batch-file", str(tmp_path / "empty.txt")], "holds no prompt"),
@@ -342,9 +348,22 @@ def test_ctrl_c_while_the_model_is_read(folder, capsys, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", interrupted)
-    assert main(["generate", "x", "--model", str(folder)]) == 130
-    assert capsys.readouterr() == ("", "alula: stopped by Ctrl-C\n")
+    def disguised(*args, **options):
+        try:
+            interrupted()
+        except KeyboardInterrupt as error:
+            raise ImportError("something else") from error
+
+    for loading in (interrupted, disguised):
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+        assert main(["generate", "x", "--model", str(folder)]) == 130
+        assert capsys.readouterr() == ("", "alula: stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_outputs_are_no_error(closed):
+    done = subprocess.run(["sh", "-c", f"exec '{sys.executable}' -m alula --version {closed}"], check=False)
+    assert done.returncode == 0
 
 
 def test_a_reader_that_leaves_ends_it_quietly(folder):
@@ -354,6 +373,16 @@ def test_a_reader_that_leaves_ends_it_quietly(folder):
     assert process.wait(timeout=30) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_a_full_disk_is_one_line(folder):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "wb") as full:
+        args = [*COMMAND, "generate", "x", "--model", folder, "--max-new-tokens", "2"]
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(rb"alula: error: .*No space left on device\n", done.stderr)
 
 
 def test_on_a_terminal(folder):

@@ -65,6 +65,9 @@ def _guarded(argv: list[str]) -> int:
         _abandon_output()
         return 141
     except _EXPECTED as error:
+        if _comes_from_ctrl_c(error):
+            _say("alula: stopped by Ctrl-C")
+            return 130
         if os.environ.get("ALULA_LOG", "0") not in ("", "0"):
             traceback.print_exc()
         _say(f"alula: error: {_one_line(error)}")
@@ -108,6 +111,15 @@ def _abandon_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _comes_from_ctrl_c(error: BaseException | None) -> bool:
+    """Whether a library turned KeyboardInterrupt into another error, as NumPy does while it is imported."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -67,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = _read_batch(args) if args.batch_file is not None else [_read_prompt(args)]
     folder = _model_folder(args.model)
 
+    from alula.config import AutoConfig
     from alula.generation import Generation
     from alula.models.auto import AutoModelForCausalLM
     from alula.tokenization import AutoTokenizer
 
+    AutoConfig.from_pretrained(folder)  # a folder that is no model is named as such, before its tokenizer is
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[args.dtype])
