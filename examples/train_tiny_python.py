@@ -1,34 +1,39 @@
 #!/usr/bin/env python3
 """Train tiny-python, the small code model that ships with alula, from scratch on a CPU.
 
-The model is a GPTBigCode transformer with multi-query attention (the StarCoder architecture), small enough for a
-Python wheel.  It learns from the source of the standard library of the interpreter that runs this script, half of it
-rearranged for fill-in-the-middle, and is written as a Hugging Face folder: `config.json`, `model.safetensors` (bf16),
-`tokenizer.json` and the rest.
+The model is a GPTBigCode transformer with multi-query attention (the architecture of StarCoder), small enough for a
+Python wheel.  It learns from the source of the standard library of the interpreter that runs this script, half of the
+files rearranged for fill-in-the-middle, and is written as a Hugging Face folder: `config.json`, `model.safetensors`
+in bf16, `tokenizer.json` and the rest.
 
     python examples/train_tiny_python.py --minutes 55 --out tiny-python
+    python examples/train_tiny_python.py --out tiny-python --complete 'def fibonacci(n):'
 
 The learning rate follows the wall clock, not a step count: the run ends when its minutes are over, however fast the
-machine is.  Every few minutes, and on Ctrl-C, the state is saved to `OUT/../tiny-python.ckpt` (see `--checkpoint`)
-together with a usable model folder; `--resume` carries on from there with the minutes that were left.
+machine is.  Every few minutes, and on Ctrl-C, the whole state is saved to `tiny-python.ckpt` and a usable model to the
+folder; `--resume` carries on with the minutes that were left.  A seed fixes the initial weights and the order of the
+data; how many steps fit into the time depends on the machine.
 
-Needs only torch, numpy, safetensors and tokenizers (tqdm is used where there is one).  `--check` compares the logits
-of an exported folder with those of transformers' GPTBigCodeForCausalLM, and needs transformers.
+Needs only torch (2.9 or newer, for Muon), numpy, safetensors and tokenizers; tqdm draws the progress where there is
+a terminal.  `--check` compares the logits of a finished folder with those of transformers, and needs transformers.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +45,9 @@ from torch import Tensor, nn
 SPECIAL_TOKENS = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
 END, FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD = range(len(SPECIAL_TOKENS))
 
-# Tests are another dialect, tables are not prose, and lib2to3 and site-packages are not the library proper.
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "lib2to3", "pydoc_data", "__pycache__", "turtledemo"}
+# Folders that are not the library proper: tests, demonstrations, generated tables, what others have installed.
+LEFT_OUT = {"test", "tests", "idle_test", "turtledemo", "lib2to3", "pydoc_data", "site-packages", "__pycache__"}
+LARGEST_ENCODING = 8_000  # bytes; the larger files in encodings/ are character tables
 HELD_OUT_PER_MILLE = 25
 
 
@@ -57,7 +63,7 @@ def read_stdlib() -> tuple[dict[str, str], dict[str, str]]:
     held_out: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        is_table = name.parts[0] == "encodings" and path.stat().st_size > 8_000
+        is_table = name.parts[0] == "encodings" and path.stat().st_size > LARGEST_ENCODING
         if LEFT_OUT.intersection(name.parts) or is_table or name.parts[0].startswith(("config-", "_sysconfigdata")):
             continue
         try:
@@ -72,7 +78,7 @@ def read_stdlib() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE.  GPT-2's splitting keeps a line break and the indentation after it in one piece."""
+    """Train a byte-level BPE; GPT-2's splitting leaves a line break and the indentation after it in one piece."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -90,12 +96,12 @@ class Corpus:
     """An endless stream of training rows: all files, newly shuffled, cut and rearranged in every epoch."""
 
     def __init__(self, texts: list[str], tokenizer: Tokenizer, row: int, fim_rate: float, seed: int) -> None:
+        """Yield rows of `row` tokens; `fim_rate` is the share of the files turned into exercises."""
         self.texts = texts
         self.tokenizer = tokenizer
         self.row = row
         self.fim_rate = fim_rate
         self.rng = np.random.default_rng(seed)
-        self.epoch = 0
 
     def __iter__(self) -> Iterator[Tensor]:
         while True:
@@ -104,9 +110,9 @@ class Corpus:
             rows = stream[: len(stream) // self.row * self.row].reshape(-1, self.row)
             for i in self.rng.permutation(len(rows)):
                 yield torch.from_numpy(rows[i])
-            self.epoch += 1
 
     def batches(self, rows: int) -> Iterator[Tensor]:
+        """Yield stacks of `rows` rows."""
         stream = iter(self)
         while True:
             yield torch.stack([next(stream) for _ in range(rows)])
@@ -115,7 +121,7 @@ class Corpus:
         """Encode one file, left to right or, with probability `fim_rate`, as fill-in-the-middle exercises."""
         ids: list[int] = []
         if self.rng.random() >= self.fim_rate:
-            # Pieces are encoded apart, so that a prompt that stops inside a word or an indentation looks familiar.
+            # Encoded in pieces, so that a prompt that stops inside a word or an indentation looks familiar.
             for piece in self.tokenizer.encode_batch_fast(self._cut(text, 100, 1500), add_special_tokens=False):
                 ids += piece.ids
             ids.append(END)
@@ -130,6 +136,7 @@ class Corpus:
         return np.array(ids, dtype=np.int64)
 
     def _cut(self, text: str, shortest: int, longest: int) -> list[str]:
+        """Cut a text into pieces of random length."""
         pieces, start = [], 0
         while start < len(text):
             end = start + int(self.rng.integers(shortest, longest))
@@ -145,6 +152,8 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Shape:
+    """The sizes of a model."""
+
     vocab: int
     positions: int
     width: int
@@ -172,6 +181,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The feed-forward half of a block."""
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.c_fc = nn.Linear(s.width, s.inner)
@@ -182,6 +193,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each after a LayerNorm and added to the residual stream."""
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(s.width)
@@ -195,6 +208,8 @@ class Block(nn.Module):
 
 
 class GPTBigCode(nn.Module):
+    """The language model: token ids in, logits out; the output matrix is the embedding matrix."""
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.shape = s
@@ -222,7 +237,7 @@ class GPTBigCode(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Probe
+# Held-out loss
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -249,71 +264,326 @@ def bits_per_byte(model: GPTBigCode, tokenizer: Tokenizer, texts: list[str]) -> 
     return nats / math.log(2) / n_bytes
 
 
-def main() -> None:
-    a = argparse.ArgumentParser()
-    a.add_argument("--minutes", type=float, default=1)
-    a.add_argument("--vocab", type=int, default=2048)
-    a.add_argument("--width", type=int, default=192)
-    a.add_argument("--layers", type=int, default=6)
-    a.add_argument("--heads", type=int, default=6)
-    a.add_argument("--seq", type=int, default=512)
-    a.add_argument("--batch", type=int, default=16)
-    a.add_argument("--lr", type=float, default=3e-3)
-    a.add_argument("--mlr", type=float, default=0.02)
-    a.add_argument("--muon", action="store_true")
-    a.add_argument("--bf16", action="store_true")
-    a.add_argument("--compile", action="store_true")
-    a.add_argument("--steps", type=int, default=10**9)
-    o = a.parse_args()
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    train, held = read_stdlib()
-    print(len(train), sum(map(len, train.values())), len(held), sum(map(len, held.values())))
-    tok = train_tokenizer(list(train.values()), o.vocab)
-    c = Corpus(list(train.values()), tok, o.seq + 1, 0.5, 0)
-    t = time.time()
-    s = Shape(o.vocab, o.seq, o.width, o.layers, o.heads, 4 * o.width)
-    m = GPTBigCode(s)
-    print(o, "params", sum(p.numel() for p in m.parameters()))
-    batches = c.batches(o.batch)
-    next(batches)
-    print("tokenize", time.time() - t)
-    hidden = [p for n, p in m.named_parameters() if p.ndim == 2 and ".h." in n] if o.muon else []
-    hid = {id(p) for p in hidden}
-    opts = [torch.optim.AdamW([p for p in m.parameters() if id(p) not in hid], lr=o.lr, betas=(0.9, 0.95),
-                              weight_decay=0.1, fused=True)]
-    if hidden:
-        opts.append(torch.optim.Muon(hidden, lr=o.mlr, weight_decay=0.1, momentum=0.95))
-    base = [o.lr, o.mlr]
-    f = torch.compile(m) if o.compile else m
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hugging Face folder
+# ---------------------------------------------------------------------------------------------------------------------
 
-    def step(b: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=o.bf16):
-            logits = f(b[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), b[:, 1:].flatten())
 
-    step(next(batches)).backward()
-    for x in opts:
-        x.zero_grad()
-    t0 = time.time()
-    n = 0
-    tt = t0
-    while (p := (time.time() - t0) / 60 / o.minutes) < 1 and n < o.steps:
-        lr = min(1, p / 0.03 + 0.01) * (1 - p)
-        for x, bl in zip(opts, base):
-            for g in x.param_groups:
-                g["lr"] = bl * lr
-        loss = step(next(batches))
+def export(folder: Path, shape: Shape, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
+    """Write what transformers' `save_pretrained` writes for a GPTBigCodeForCausalLM with tied embeddings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": FIM_PAD}
+    config = {
+        "architectures": ["GPTBigCodeForCausalLM"],
+        "model_type": "gpt_bigcode",
+        "multi_query": True,
+        "activation_function": "gelu_pytorch_tanh",
+        "n_embd": shape.width,
+        "n_head": shape.heads,
+        "n_inner": shape.inner,
+        "n_layer": shape.layers,
+        "n_positions": shape.positions,
+        "vocab_size": shape.vocab,
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "attention_softmax_in_fp32": True,
+        "scale_attention_softmax_in_fp32": True,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        **ids,
+    }
+    generation = {**ids, "do_sample": True, "temperature": 0.4, "top_p": 0.95, "repetition_penalty": 1.1}
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<fim_pad>"}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": shape.positions,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    special_map = {**special, "additional_special_tokens": SPECIAL_TOKENS[FIM_PREFIX : FIM_SUFFIX + 1]}
+    for name, content in {
+        "config.json": config,
+        "generation_config.json": generation,
+        "tokenizer_config.json": tokenizer_config,
+        "special_tokens_map.json": special_map,
+    }.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    tensors = {name: w.detach().bfloat16().contiguous() for name, w in weights.items()}
+    temporary = folder / "model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
+
+
+def load(folder: Path) -> tuple[GPTBigCode, Tokenizer]:
+    """Load an exported folder, in fp32."""
+    config = json.loads((folder / "config.json").read_text())
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+    model = GPTBigCode(Shape(*(config[name] for name in names)))
+    model.load_state_dict({name: w.float() for name, w in load_file(folder / "model.safetensors").items()})
+    return model, Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@torch.no_grad()
+def check(folder: Path) -> None:
+    """Compare our fp32 logits with those of transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = load(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = Path(__file__).read_text()
+    ids = tokenizer.encode(text).ids[: model.shape.positions]
+    assert ids == AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: len(ids)], "the token ids differ"
+    batch = torch.tensor([ids])
+    difference = (model(batch) - reference(batch).logits).abs().max().item()
+    print(f"largest difference from transformers: {difference:.1e}")
+    assert difference < 1e-4, "the logits differ"
+
+
+@torch.no_grad()
+def complete(folder: Path, prompt: str, n_tokens: int, seed: int) -> str:
+    """Sample a completion with the settings of `generation_config.json`."""
+    model, tokenizer = load(folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    generator = torch.Generator().manual_seed(seed)
+    ids = tokenizer.encode(prompt).ids
+    n_prompt = len(ids)
+    while len(ids) < n_prompt + n_tokens:
+        logits = model(torch.tensor([ids[-model.shape.positions :]]))[0, -1]
+        seen = torch.tensor(sorted(set(ids)))
+        penalty = settings["repetition_penalty"]
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        probabilities, order = (logits / settings["temperature"]).softmax(-1).sort(descending=True)
+        probabilities[probabilities.cumsum(-1) - probabilities >= settings["top_p"]] = 0.0
+        chosen = int(order[torch.multinomial(probabilities, 1, generator=generator)])
+        if chosen == END:
+            break
+        ids.append(chosen)
+    return tokenizer.decode(ids[n_prompt:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def keep_heap() -> None:
+    """Stop glibc from handing every large activation back to the kernel: the page faults cost too much time."""
+    if sys.platform == "linux":
+        mmap_max, trim_threshold, top_pad = -4, -1, -2
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 << 20)):
+                libc.mallopt(parameter, value)
+
+
+class Trainer:
+    """Mixed precision by hand: forward and backward run in bf16, the optimizers on fp32 master weights.
+
+    The matrices inside the blocks are trained by Muon, everything else by AdamW.  A moving average of the master
+    weights is what gets exported.
+    """
+
+    def __init__(self, shape: Shape, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model = GPTBigCode(shape)
+        self.master = {name: nn.Parameter(p.detach().clone()) for name, p in self.model.named_parameters()}
+        self.average = {name: p.detach().clone() for name, p in self.master.items()}
+        self.model.bfloat16()
+        matrices = [p for name, p in self.master.items() if p.ndim == 2 and ".h." in name]
+        embeddings = [p for name, p in self.master.items() if p.ndim == 2 and ".h." not in name]
+        vectors = [p for p in self.master.values() if p.ndim == 1]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=options.muon_lr, weight_decay=0.1),
+            torch.optim.AdamW(
+                [{"params": embeddings, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+                lr=options.adam_lr,
+                betas=(0.9, 0.95),
+                fused=True,
+            ),
+        ]
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.steps = 0
+        self.seconds = 0.0
+
+    def step(self, batch: Tensor, lr_scale: float) -> float:
+        """Learn from one batch and return its loss."""
+        logits = self.model(batch[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
-        for x in opts:
-            x.step()
-            x.zero_grad()
-        n += 1
-        if n % 20 == 0:
-            print(n, round(loss.item(), 3), f"{20 * o.batch * o.seq / (time.time() - tt):.0f} tok/s", flush=True)
-            tt = time.time()
-    print("final", n, n * o.batch * o.seq, "bpb", bits_per_byte(m, tok, list(held.values())), time.time() - t0)
+        parameters = dict(self.model.named_parameters())
+        for name, p in self.master.items():
+            p.grad = parameters[name].grad.float()
+        nn.utils.clip_grad_norm_(self.master.values(), 1.0)
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * lr_scale
+            optimizer.step()
+        self.steps += 1
+        decay = min(self.options.ema, (self.steps + 1) / (self.steps + 10))
+        with torch.no_grad():
+            for name, p in self.master.items():
+                self.average[name].lerp_(p, 1 - decay)
+                parameters[name].copy_(p)
+                parameters[name].grad = None
+        return loss.item()
+
+    def save(self, path: Path, tokenizer: Tokenizer) -> None:
+        """Write everything that `restore` needs."""
+        temporary = path.with_suffix(".tmp")
+        torch.save(
+            {
+                "shape": asdict(self.model.shape),
+                "tokenizer": tokenizer.to_str(),
+                "master": {name: p.detach() for name, p in self.master.items()},
+                "average": self.average,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "steps": self.steps,
+                "seconds": self.seconds,
+            },
+            temporary,
+        )
+        temporary.replace(path)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Carry on from a saved state."""
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                self.master[name].copy_(state["master"][name])
+                self.average[name].copy_(state["average"][name])
+                p.copy_(state["master"][name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.steps, self.seconds = state["steps"], state["seconds"]
 
 
-main()
+class Interrupt:
+    """Turn the first Ctrl-C into a flag, so that a step is never cut short; a second one interrupts as usual."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, *_: object) -> None:
+        self.seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train until the minutes are over, export, and measure the held-out loss."""
+    keep_heap()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    checkpoint: Path = options.checkpoint or options.out.with_name(options.out.name + ".ckpt")
+    train_files, held_out_files = read_stdlib()
+    texts, held_out = list(train_files.values()), list(held_out_files.values())
+    log(f"{len(texts)} files, {sum(len(t.encode()) for t in texts)} bytes to learn from")
+    log(f"{len(held_out)} files, {sum(len(t.encode()) for t in held_out)} bytes held out: {', '.join(held_out_files)}")
+
+    state = torch.load(checkpoint) if options.resume else None
+    if state:
+        shape, tokenizer = Shape(**state["shape"]), Tokenizer.from_str(state["tokenizer"])
+    else:
+        shape = Shape(options.vocab, options.positions, options.width, options.layers, options.heads, options.inner)
+        tokenizer = train_tokenizer(texts, options.vocab)
+    trainer = Trainer(shape, options)
+    if state:
+        trainer.restore(state)
+    log(f"{shape}: {sum(p.numel() for p in trainer.master.values())} parameters")
+
+    def save() -> None:
+        trainer.save(checkpoint, tokenizer)
+        export(options.out, shape, trainer.average, tokenizer)
+
+    corpus = Corpus(texts, tokenizer, shape.positions + 1, options.fim_rate, options.seed + trainer.steps)
+    batches = corpus.batches(options.rows)
+    budget = options.minutes * 60
+    interrupt = Interrupt()
+    bar = progress_bar(budget)
+    saved = time.monotonic()
+    started = saved - trainer.seconds
+    smooth = math.nan
+    while trainer.seconds < budget and not interrupt.seen:
+        done = trainer.seconds / budget
+        lr_scale = max(1e-3, min(done / options.warmup, (1 - done) / (1 - options.warmup)))
+        loss = trainer.step(next(batches), lr_scale)
+        smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
+        trainer.seconds = time.monotonic() - started
+        if bar is not None:
+            bar.n = min(trainer.seconds, budget)
+            bar.set_postfix_str(f"step {trainer.steps}, loss {smooth:.3f}")
+        elif trainer.steps % options.log_every == 0:
+            tokens = trainer.steps * options.rows * shape.positions
+            log(f"{trainer.seconds:6.0f} s  step {trainer.steps}  {tokens} tokens  loss {smooth:.3f}")
+        if time.monotonic() - saved > options.save_minutes * 60:
+            save()
+            saved = time.monotonic()
+    if bar is not None:
+        bar.close()
+
+    save()
+    tokens = trainer.steps * options.rows * shape.positions
+    log(f"{trainer.steps} steps, {tokens} tokens, {trainer.seconds / 60:.1f} minutes")
+    if interrupt.seen:
+        log("interrupted: --resume carries on from here")
+        return
+    model, tokenizer = load(options.out)
+    log(f"held out: {bits_per_byte(model, tokenizer, held_out):.4f} bits per byte")
+
+
+def log(message: str) -> None:
+    """Say something on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def progress_bar(seconds: float) -> Any:
+    """Return a tqdm bar if there is a terminal to show it and tqdm to draw it."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=round(seconds), unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s{postfix}")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("tiny-python"), help="the model folder to write")
+    add("--minutes", type=float, default=55.0, help="length of the run by the wall clock")
+    add("--threads", type=int, default=os.cpu_count() or 1)
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="carry on from the checkpoint")
+    add("--checkpoint", type=Path, help="default: OUT.ckpt")
+    add("--save-minutes", type=float, default=4.0, help="minutes between two checkpoints")
+    add("--log-every", type=int, default=20, help="steps between two lines where there is no terminal")
+    add("--check", action="store_true", help="only compare OUT with transformers")
+    add("--complete", metavar="PROMPT", help="only let OUT complete a prompt, with the settings in its folder")
+    add("--tokens", type=int, default=128, help="the most tokens that --complete adds")
+    for name, value in {"vocab": 2048, "positions": 512, "width": 256, "layers": 4, "heads": 4, "inner": 768}.items():
+        add(f"--{name}", type=int, default=value)
+    add("--rows", type=int, default=8, help="rows of `positions` tokens in a batch")
+    add("--fim-rate", type=float, default=0.5, help="share of the files made into fill-in-the-middle exercises")
+    add("--muon-lr", type=float, default=0.02)
+    add("--adam-lr", type=float, default=3e-3)
+    add("--warmup", type=float, default=0.03, help="share of the run")
+    add("--ema", type=float, default=0.99, help="decay of the moving average of the weights")
+    options = parser.parse_args()
+    if options.check:
+        check(options.out)
+    elif options.complete is not None:
+        print(options.complete + complete(options.out, options.complete, options.tokens, options.seed))
+    else:
+        train(options)
+
+
+if __name__ == "__main__":
+    main()
