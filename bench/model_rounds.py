@@ -90,13 +90,14 @@ class Group:
         self.names, self.folder, self.workload, self.measured = names, folder, workload, measured
         self.openvino_python = openvino_python
         self.members: dict[str, Member] = {}
+        self.failed: set[str] = set()  # while they were timed
         self.read_samples: list[float] = []
         self._open: list[Engine] = []
 
     @property
     def right(self) -> list[str]:
-        """Names of the engines that passed the check."""
-        return [name for name, member in self.members.items() if member.verdict.correct]
+        """Names of the engines that passed the check and have not failed since."""
+        return [name for name, member in self.members.items() if member.verdict.correct and name not in self.failed]
 
     def check(self) -> None:
         """Load each engine and compare it with transformers eager in fp32. What fails is said and left out."""
@@ -123,11 +124,9 @@ class Group:
                     verdicts.append(
                         model_check.judge(found["logits"], found["tokens"], scored, want["tokens"], allowed)
                     )
-            except EngineMissing as error:
-                report.note(f"{name}: left out: {error}")
-                continue
             except EngineError as error:
-                report.note(f"{name}: failed: {error}")
+                report.note(f"{name}: {'left out' if isinstance(error, EngineMissing) else 'failed'}: {error}")
+                self._stop_named(name)
                 continue
             verdict = max(verdicts, key=lambda verdict: (not verdict.correct, verdict.max_error))
             self.members[name] = Member(engine, engine.facts["weights"], engine.facts["versions"], verdict)
@@ -164,8 +163,14 @@ class Group:
     def _turn(self, name: str, steps: int, *, keep: bool) -> None:
         engine, work = self.members[name].engine, self.workload
         time.sleep(SETTLE_SECONDS)
-        prefill = [engine.ask("prefill", prompts=work.prompts)["seconds"] for _ in range(PREFILLS)]
-        decode = engine.ask("decode", prompts=work.contexts, steps=steps)["seconds"]
+        try:
+            prefill = [engine.ask("prefill", prompts=work.prompts)["seconds"] for _ in range(PREFILLS)]
+            decode = engine.ask("decode", prompts=work.contexts, steps=steps)["seconds"]
+        except EngineError as error:
+            report.note(f"{name}: failed: {error}")
+            self.failed.add(name)
+            self._stop(engine)
+            return
         if keep:
             self.members[name].prefill.append(prefill)
             self.members[name].decode.append(decode)
@@ -191,7 +196,7 @@ class Group:
             "equal_tokens": f"{member.verdict.equal_tokens}/{member.verdict.tokens}",
         }
         by_round = getattr(member, phase)[:rounds]
-        if not by_round or not member.verdict.correct:
+        if not by_round or name not in self.right:
             return record
         timing = Timing(tuple(seconds for taken in by_round for seconds in taken))
         work_done, unit, bound, limit = self._work(phase, member.weights)
@@ -253,6 +258,10 @@ class Group:
             self._stop(engine)
             raise
         return engine
+
+    def _stop_named(self, name: str) -> None:
+        for engine in [engine for engine in self._open if engine.label == name]:
+            self._stop(engine)
 
     def _stop(self, engine: Engine) -> None:
         if engine in self._open:

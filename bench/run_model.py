@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", action="store_true", help="also the peak memory of loading alula's model")
     parser.add_argument("--no-alula", action="store_true", help="time the peers alone")
     parser.add_argument("--quick", action="store_true", help="one round, few tokens: a check, not a figure")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for weights (default %(default)s)")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="keeps the weights (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON lines")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from alula.bench import limits, measure, model_check, model_folder, model_rounds, presets, report, run_model, run_ops
 from alula.bench.cases import OPS, linear
-from alula.bench.engine import Engine, EngineMissing
+from alula.bench.engine import Engine, EngineError, EngineMissing
 from alula.bench.plot import collect
 from alula.bench.run import main
 
@@ -309,6 +309,23 @@ def test_a_wrong_model_is_not_timed(fake_engines, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "alula: wrong, not timed: logits differ" in captured.err
     assert "WRONG" in captured.out
+
+
+def test_an_engine_that_fails_while_it_is_timed_is_dropped(fake_engines, monkeypatch, capsys):
+    asked = []
+    working = FakeEngine.ask
+
+    def ask(self, do, **arguments):
+        asked.append(self.name)
+        if self.name == "hf-sdpa" and asked.count("hf-sdpa") == 5:
+            raise EngineError("hf-sdpa ended in decode with status -9")
+        return working(self, do, **arguments)
+
+    monkeypatch.setattr(FakeEngine, "ask", ask)
+    status, records = fake_engines("--peers", "hf-sdpa", "--rounds", "3")
+    assert status == 0
+    assert [record.get("rounds") for record in records[1:]] == [3, None, 3, None]
+    assert "hf-sdpa: failed: hf-sdpa ended" in capsys.readouterr().err
 
 
 def test_an_interrupt_keeps_the_whole_rounds(fake_engines, monkeypatch, capsys):

@@ -29,4 +29,4 @@ def peer_class(name: str) -> type[Peer]:
     try:
         return getattr(importlib.import_module(f".{module}", __name__), cls)
     except ImportError as error:
-        raise Missing(f"{error}") from error
+        raise Missing(f"not installed: {error}") from error

@@ -21,7 +21,9 @@ class CTranslate2(Peer):
         if not path.exists():
             converter = ctranslate2.converters.TransformersConverter(str(setup.folder))
             try:
-                converter.convert(str(path), quantization="float32")
+                unfinished = path.with_suffix(".unfinished")
+                converter.convert(str(unfinished), quantization="float32", force=True)
+                unfinished.rename(path)
             except (ImportError, ValueError) as error:
                 raise Missing(f"the conversion failed: {error}") from error
         self._generator = ctranslate2.Generator(

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from optimum.intel import OVModelForCausalLM
 
-from .base import Setup
+from .base import Missing, Setup
 from .hf import TransformersLike
+
+try:
+    from optimum.intel import OVModelForCausalLM
+except ImportError as error:
+    raise Missing("optimum-intel is not installed here; --openvino-python names an environment that has it") from error
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -30,7 +34,8 @@ class OpenVINO(TransformersLike):
             exported = OVModelForCausalLM.from_pretrained(
                 setup.folder, export=True, load_in_8bit=False, use_cache=True, compile=False
             )
-            exported.save_pretrained(path)
+            exported.save_pretrained(unfinished := path.with_suffix(".unfinished"))
+            unfinished.rename(path)
             del exported
         return OVModelForCausalLM.from_pretrained(path, ov_config=options)
 
