@@ -1,16 +1,16 @@
-// Attention of one to three query rows: dot products with keys where they lie in the cache, no packing.
+// Attention of one to three query rows: the products of attention_tile.h on keys and values where they lie in the cache.
 //
-// The tile code (attention_tile.h) transposes K and copies V, which pays when many rows use them; a row of multi-head
-// decoding would wait for that most of the time. Here a thread reads each key and value once, in address order, and
-// runs at the speed of the memory they come from.
+// The tile code writes transposed keys and a copy of the values, which pays when many rows use them; a row of multi-head
+// decoding would wait for that most of the time. Here keys are transposed in registers and values are read row by row,
+// each once, in address order.
 //
-// Per key tile
-//   for each group of Vec::kWidth keys: one register of sums per key, lane by lane over D; transposed and added up at the end
+// Per key tile and row
+//   for groups of Vec::kWidth keys: squares of K transposed in registers, one chain of multiply-adds over d per key
 //   softmax as in attention_tile.h
 //   sums = alpha sums + beta p V, V row by row into registers
 //
-// A row's bits depend on its own query, keys and key tiles only; they differ from the tile code's, which sums over D in one
-// chain. Which of the two a row takes must therefore not depend on its batch mates.
+// Every operation and its order are those of the tile code, so a row has the same bits from either, and which of the two is used
+// is a question of speed alone: a step of decoding gives the bits of the prefill of the same token.
 #pragma once
 
 #include "cpu/attention_tile.h"
@@ -19,64 +19,66 @@ namespace alula::ALULA_ISA {
 
 constexpr int kFewRows = 3;  // above, the tile code is faster
 
-// Lane i of the result is the sum of the lanes of rows[i].
-ALULA_INLINE Vec sum_lanes(Vec (&rows)[Vec::kWidth]) {
-  transpose(rows);
-#pragma GCC unroll 4
-  for (int half = Vec::kWidth / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; i++) rows[i] = rows[i] + rows[i + half];
-  }
-  return rows[0];
-}
-
-// q . k for Vec::kWidth keys, of which the first `keys` are there; the others repeat the last.
-template <typename W>
-ALULA_INLINE Vec dot_keys(const float* q, const KeyValues<W>& source, int64_t slot, int keys) {
-  constexpr int kGroup = Vec::kWidth < 8 ? Vec::kWidth : 8;  // sums at once: enough to hide the latency, few enough to address
+// scores = q K^T * scale + bias for kGroups groups of Vec::kWidth keys from `slot` on; of the last group `keys` are there, the
+// others repeat the last. Two groups at once are two chains, which hide each other's latency.
+template <typename W, int kGroups>
+ALULA_INLINE void dot_keys(const float* q, const KeyValues<W>& source, int64_t slot, int keys, Vec scale, Vec bias,
+                           float* scores) {
   const int64_t units = source.head_dim / Units<W>::kStep;
-  Vec sums[Vec::kWidth];
+  Vec sums[kGroups];
+  for (int g = 0; g < kGroups; g++) sums[g] = zero();
+  for (int64_t unit = 0; unit < units; unit += Vec::kWidth) {
+    const int lanes = static_cast<int>(units - unit < Vec::kWidth ? units - unit : Vec::kWidth);
 #pragma GCC unroll 2
-  for (int first = 0; first < Vec::kWidth; first += kGroup) {
-    const W* key[kGroup];
-#pragma GCC unroll 8
-    for (int i = 0; i < kGroup; i++) {
-      key[i] = source.data + (slot + (first + i < keys ? first + i : keys - 1)) * source.stride;
-      sums[first + i] = zero();
-    }
-    int64_t unit = 0;
-    for (; unit + Vec::kWidth <= units; unit += Vec::kWidth) {
-      const Vec x = load(q + unit);
-#pragma GCC unroll 8
-      for (int i = 0; i < kGroup; i++) {
-        sums[first + i] = multiply_units<W>(load_units(key[i] + unit * Units<W>::kStep), x, sums[first + i]);
-      }
-    }
-    if (unit < units) {
-      const int lanes = static_cast<int>(units - unit);
-      const Vec x = load(q + unit, lanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < kGroup; i++) {
-        sums[first + i] = multiply_units<W>(load_units(key[i] + unit * Units<W>::kStep, lanes), x, sums[first + i]);
+    for (int g = 0; g < kGroups; g++) {
+      const W* key = source.data + (slot + g * Vec::kWidth) * source.stride + unit * Units<W>::kStep;
+      const int present = g == kGroups - 1 ? keys : Vec::kWidth;
+      Vec rows[Vec::kWidth];
+      if (present == Vec::kWidth && lanes == Vec::kWidth) {
+#pragma GCC unroll 16
+        for (int i = 0; i < Vec::kWidth; i++) rows[i] = load_units(key + i * source.stride);
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < Vec::kWidth; i++) sums[g] = multiply_units<W>(broadcast(q[unit + i]), rows[i], sums[g]);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < Vec::kWidth; i++) {
+          rows[i] = load_units(key + (i < present ? i : present - 1) * source.stride, lanes);
+        }
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < Vec::kWidth; i++) {
+          if (i < lanes) sums[g] = multiply_units<W>(broadcast(q[unit + i]), rows[i], sums[g]);
+        }
       }
     }
   }
-  return sum_lanes(sums);
+  for (int g = 0; g < kGroups; g++) store(scores + g * Vec::kWidth, fma(sums[g], scale, bias));
 }
 
-// sums [kVecs registers] = alpha sums + beta sum_j p[j] values[j]
+// sums [kVecs registers] = alpha sums + beta sum_j p[j] values[j]. p: units, as softmax_row leaves them.
 template <typename W, int kVecs, bool kWhole>
 ALULA_INLINE void add_values(const float* p, int keys, const W* values, ptrdiff_t stride, int lanes, float alpha, float beta,
                              float* sums) {
+  constexpr int kStep = Units<W>::kStep;
   Vec acc[kVecs];
 #pragma GCC unroll 8
   for (int v = 0; v < kVecs; v++) acc[v] = zero();
-  for (int j = 0; j < keys; j++) {
-    const Vec x = broadcast(p[j]);
+  int j = 0;
+  for (; j + kStep <= keys; j += kStep) {
+    const Vec x = broadcast(p[j / kStep]);
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; v++) {
-      const W* from = values + j * stride + v * Vec::kWidth;
-      acc[v] = fma(x, kWhole ? load(from) : load(from, lanes), acc[v]);
+      const W* value = values + j * stride + v * Vec::kWidth;
+      acc[v] = multiply_units<W>(x, load_value_units<kWhole>(value, stride, true, lanes), acc[v]);
+    }
+  }
+  if (j < keys) {
+    const Vec x = broadcast(p[j / kStep]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; v++) {
+      const W* value = values + j * stride + v * Vec::kWidth;
+      acc[v] = multiply_units<W>(x, load_value_units<kWhole>(value, stride, false, lanes), acc[v]);
     }
   }
 #pragma GCC unroll 8
@@ -99,7 +101,9 @@ ALULA_INLINE int64_t add_column_groups(const float* p, int keys, const W* values
 // Few rows meet a key tile: attend of attention_tile.h for query.rows <= kFewRows.
 template <typename W>
 void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTile& tile) {
+  constexpr int kGroup = Vec::kWidth;
   const int64_t d = query.head_dim;
+  const Vec scale = broadcast(query.scale), bias = broadcast(tile.bias);
   alignas(64) float scores[kScoreStride];
   alignas(64) float maxima[16] = {}, denominators[16] = {}, alpha[16], beta[16];
   for (int row = 0; row < query.rows; row++) {
@@ -107,12 +111,18 @@ void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTil
     if (left <= 0) continue;
     const int visible = static_cast<int>(left < tile.count ? left : tile.count);
     const float* q = query.q + row * kQueryStride;
-    const Vec scale = broadcast(query.scale), bias = broadcast(tile.bias);
-    for (int key = 0; key < visible; key += Vec::kWidth) {
-      store(scores + key, fma(dot_keys(q, source, tile.first + key, visible - key), scale, bias));
+    for (int key = 0; key < visible; key += 2 * kGroup) {
+      const int64_t slot = tile.first + key;
+      const int keys = visible - key < 2 * kGroup ? visible - key : 2 * kGroup;
+      if (row == 0) prefetch_slots(source, slot + 2 * kGroup, key + 4 * kGroup <= visible ? 2 * kGroup : 0);
+      if (keys > kGroup) {
+        dot_keys<W, 2>(q, source, slot, keys - kGroup, scale, bias, scores + key);
+      } else {
+        dot_keys<W, 1>(q, source, slot, keys, scale, bias, scores + key);
+      }
     }
     if (query.mask.add) query.mask.add(query.mask.context, row, tile.first, visible, scores);
-    softmax_row<false>(scores, visible, visible, maxima, denominators);
+    softmax_row<Units<W>::kStep == 2>(scores, visible, visible, maxima, denominators);
     merge_weights(1, query.maxima + row, query.denominators + row, maxima, denominators, alpha, beta);
 
     const W* values = source.data + tile.first * source.stride + d;

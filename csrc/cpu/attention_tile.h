@@ -120,6 +120,16 @@ constexpr int padded_rows(int rows) { return (rows + block_rows_for(rows) - 1) /
 
 // --- packing -----------------------------------------------------------------------------------------------------
 
+// Asks for the keys and values of slots that are needed soon: squares are read across rows, which no hardware foresees.
+template <typename W>
+ALULA_INLINE void prefetch_slots(const KeyValues<W>& source, int64_t slot, int count) {
+  const int64_t bytes = 2 * source.head_dim * static_cast<int64_t>(sizeof(W));
+  for (int i = 0; i < count; i++) {
+    const auto* row = reinterpret_cast<const char*>(source.data + (slot + i) * source.stride);
+    for (int64_t byte = 0; byte < bytes; byte += 64) prefetch(row + byte);
+  }
+}
+
 // A square of units: those from `unit` on of the keys from `key` on, transposed to out [units][32].
 template <typename W, bool kWhole>
 ALULA_INLINE void pack_key_square(const KeyValues<W>& source, int64_t slot, int keys, int64_t unit, int lanes, float* out) {
@@ -147,6 +157,7 @@ void pack_keys(const KeyValues<W>& source, const KeyTile& tile, float* k) {
   for (int key = 0; key < tile.count; key += Vec::kWidth) {
     float* out = k + key / kPanel * units * kPanel + key % kPanel;
     const int keys = tile.count - key < Vec::kWidth ? tile.count - key : Vec::kWidth;
+    if (key + 2 * Vec::kWidth <= tile.count) prefetch_slots(source, tile.first + key + Vec::kWidth, Vec::kWidth);
     for (int64_t unit = 0; unit < units; unit += Vec::kWidth) {
       const int lanes = static_cast<int>(units - unit < Vec::kWidth ? units - unit : Vec::kWidth);
       if (keys == Vec::kWidth && lanes == Vec::kWidth) {
@@ -160,6 +171,21 @@ void pack_keys(const KeyValues<W>& source, const KeyTile& tile, float* k) {
 
 constexpr int64_t kValuePanelSize = kKeysAtOnce * kPanel;  // units of a panel of values, for both kinds of unit
 
+// Up to Vec::kWidth columns of the values at `value` and, where they are paired, `stride` further: zero where has_odd is not.
+template <bool kWhole, typename W>
+ALULA_INLINE Vec load_value_units(const W* value, [[maybe_unused]] ptrdiff_t stride, [[maybe_unused]] bool has_odd, int lanes) {
+#if defined(__AVX512BF16__)
+  if constexpr (Units<W>::kStep == 2) {
+    const __mmask16 mask = kWhole ? 0xffff : first_lanes(lanes);
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, value));
+    const __mmask16 odd_mask = has_odd ? mask : 0;
+    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd_mask, value + (has_odd ? stride : 0)));
+    return {_mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)))};
+  }
+#endif
+  return kWhole ? load(value) : load(value, lanes);
+}
+
 // Values of `tile` to v: [panels of 32 columns][keys / kStep][32]. The odd key's partner in a pair is zero.
 template <typename W>
 void pack_values(const KeyValues<W>& source, const KeyTile& tile, float* v) {
@@ -167,22 +193,15 @@ void pack_values(const KeyValues<W>& source, const KeyTile& tile, float* v) {
   const W* values = source.data + tile.first * source.stride + d;
   for (int key = 0; key < tile.count; key += Units<W>::kStep) {
     const W* value = values + key * source.stride;
+    const bool has_odd = key + 1 < tile.count;
     float* out = v + key / Units<W>::kStep * kPanel;
     for (int64_t column = 0; column < d; column += Vec::kWidth) {
-      const int lanes = static_cast<int>(d - column < Vec::kWidth ? d - column : Vec::kWidth);
       float* to = out + column / kPanel * kValuePanelSize + column % kPanel;
-#if defined(__AVX512BF16__)
-      if constexpr (Units<W>::kStep == 2) {
-        const bool has_odd = key + 1 < tile.count;
-        const __mmask16 mask = first_lanes(lanes);
-        const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, value + column));
-        const __m512i odd = _mm512_cvtepu16_epi32(
-            _mm256_maskz_loadu_epi16(has_odd ? mask : 0, value + (has_odd ? source.stride : 0) + column));
-        _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-        continue;
+      if (d - column >= Vec::kWidth) {
+        store(to, load_value_units<true>(value + column, source.stride, has_odd, Vec::kWidth));
+      } else {
+        store(to, load_value_units<false>(value + column, source.stride, has_odd, static_cast<int>(d - column)));
       }
-#endif
-      store(to, lanes == Vec::kWidth ? load(value + column) : load(value + column, lanes));
     }
   }
 }
@@ -208,10 +227,11 @@ ALULA_INLINE void softmax_row(float* scores, int visible, int keys, float* max_o
   for (int j = 0; j < visible; j += Vec::kWidth) highest = max(load(scores + j), highest);
   const float row_max = reduce_max(highest);
   highest = broadcast(row_max);
+  const Vec log2_e = broadcast(1.44269504088896341f);
   Vec sum = zero();
   int j = 0;
   for (; j < visible; j += Vec::kWidth) {
-    const Vec p = exp_of_negative(load(scores + j) - highest);
+    const Vec p = exp2((load(scores + j) - highest) * log2_e);
     sum = sum + p;
     if constexpr (kPairs) {
       store(reinterpret_cast<bf16*>(scores) + j, p);

@@ -33,7 +33,6 @@ struct AttentionTile {
   int64_t batch, kv_head;
   const int32_t* tokens;     // [num_rows of the batch row / group]: the tokens of the batch row that are no padding
   const int32_t* limits;     // the same: how many slots each of them sees
-  int32_t total_rows;        // of the batch row and key/value head, all tiles together
   int32_t first_row, num_rows;
   int32_t limit;             // most slots that one of the rows sees
 };

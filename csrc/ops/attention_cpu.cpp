@@ -135,8 +135,7 @@ void attend_key_tile(const AttentionArgs& args, const AttentionTile& tile, const
   const int64_t first = index * kKeysAtOnce;
   const int64_t left = tile.limit - first;
   const KeyTile keys = {first, static_cast<int>(left < kKeysAtOnce ? left : kKeysAtOnce), 0.0f};
-  // By the rows of the batch row, not of the tile: how it is cut into tiles must not show in the result.
-  if (tile.total_rows <= kFewRows) {
+  if (tile.num_rows <= kFewRows) {
     attend_few(query, source, keys);
   } else {
     attend(query, source, keys, packed);
