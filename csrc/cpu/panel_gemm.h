@@ -6,7 +6,7 @@
 //     for each block of rows: tile (tile.h)
 //   hand C to the epilogue, all of K summed
 // So a weight comes from memory once per kMaxRowsAtOnce rows, in address order, and partial sums never leave the cache.
-// One row is the same loop with one tile; it asks for the weights kAhead bytes early and runs at memory speed.
+// The first tile of each block asks for the weights kPrefetchAhead bytes early: one row runs at memory speed, many rows wait little.
 #pragma once
 
 #include "core/dispatch.h"
@@ -78,7 +78,6 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
   const int64_t row_size = packed_row_size<W>(args.k);
   const int64_t first_row = first_block * kRows;
   const int64_t last_row = last_block * kRows < args.m ? last_block * kRows : args.m;
-  const bool few_rows = last_row - first_row <= kRows;
   alignas(64) float c[kMaxRowsAtOnce * kPanel];
 
   // Rows in equal shares of at most kMaxRowsAtOnce, so that none is a small rest that reads all weights again.
@@ -99,11 +98,9 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
           const float* a =
               static_cast<const float*>(packed) + row * row_size + step / kBlockSteps<W> * rows * kRowStride<W>;
           float* sums = c + (row - row_begin) * kPanel;
-          if (few_rows) {
-            tile_for<W, kPrefetchAhead>(rows)(a, b + step * kPair * kPanel, count, sums);
-          } else {
-            tile_for<W>(rows)(a, b + step * kPair * kPanel, count, sums);
-          }
+          // The first rows bring the panel's block from memory, the others find it in the cache.
+          const auto multiply = row == row_begin ? tile_for<W, kPrefetchAhead>(rows) : tile_for<W>(rows);
+          multiply(a, b + step * kPair * kPanel, count, sums);
         }
       }
       epilogue(row_begin, panel, row_end - row_begin, c);
