@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 
@@ -56,11 +57,14 @@ class CTranslate2(Peer):
         return time.perf_counter() - start
 
     def time_decode(self, prompts: list[list[int]], steps: int) -> list[float]:
-        """One sample: the mean of `steps` steps."""
-        one = self.time_prefill(prompts)
+        """One sample: the mean of `steps` steps. RuntimeError if they take too little to be told from the prompt."""
+        one = statistics.median(self.time_prefill(prompts) for _ in range(3))
         start = time.perf_counter()
         self._generate(prompts, steps + 1)
-        return [(time.perf_counter() - start - one) / steps]
+        mean = (time.perf_counter() - start - one) / steps
+        if mean <= 0:
+            raise RuntimeError(f"{steps} steps take too little to be told from reading the prompt")
+        return [mean]
 
     def _generate(self, prompts: list[list[int]], count: int) -> list[list[int]]:
         results = self._generator.generate_batch(
