@@ -152,6 +152,20 @@ def test_a_row_does_not_depend_on_its_batch(seed: int, dtype: torch.dtype) -> No
         assert torch.equal(torch.cat(logits, 1)[0], together[row, tokens - length :]), f"row {row}"
 
 
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_a_short_row_does_not_depend_on_its_padding(multi_query: bool, padding: str) -> None:
+    """Equal bits where a row has so few tokens that kernels for few rows serve it alone."""
+    model = alula_model(hf_model(2, multi_query=multi_query, n_embd=48, n_head=2))
+    for tokens in range(2, 9):
+        ids, mask = random_ids(model, 4, tokens, tokens), padding_mask(padding, 4, tokens)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        together = model(ids, attention_mask=mask, position_ids=positions).logits
+        for row in range(4):
+            real = mask[row].bool()
+            assert torch.equal(model(ids[row : row + 1, real]).logits[0], together[row, real])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_two_runs_give_equal_bits(dtype: torch.dtype) -> None:
     model = alula_model(hf_model(3), dtype)

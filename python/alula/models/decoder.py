@@ -46,6 +46,17 @@ class _Bound:
         self.stamp = -1
 
 
+def _see_from_padding(positions: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What each query sees where padding sees what the last token before it saw, as in transformers.
+
+    positions: int32 [B, T] of the pass; before: int32 [B], tokens stored earlier. Returns the last slot of every query,
+    and the same of padding alone (-1 for tokens), None if no padding follows a token.
+    """
+    visible = torch.maximum(positions, before.unsqueeze(1) - 1).cummax(1).values
+    padding = visible.masked_fill(positions >= 0, -1)
+    return visible, padding if bool((padding >= 0).any()) else None
+
+
 def _out_of_range(ids: Tensor, count: int) -> bool:
     return int(ids.min()) < 0 or int(ids.max()) >= count
 
@@ -165,10 +176,10 @@ class DecoderModel(PreTrainedModel):
         attentions: list[Tensor] | None = [] if output_attentions else None
         observe = None
         before = cache.lengths
-        slots, lengths = cache.prepare(tokens, padding)
-        positions = slots
-        if padding is not None:  # a padding query sees what the last token before it saw
-            positions = torch.maximum(slots, before.unsqueeze(1) - 1).cummax(1).values
+        positions, lengths = cache.prepare(tokens, padding)
+        visible, padding_positions = positions, None
+        if padding is not None and tokens > 1:  # alone, a padding token is the end of a row: nobody reads its output
+            visible, padding_positions = _see_from_padding(positions, before)
         if output_hidden_states or output_attentions:
 
             def observe(layer: int, x: Tensor, q: Tensor) -> None:
@@ -179,7 +190,7 @@ class DecoderModel(PreTrainedModel):
                         attention_probabilities(
                             q,
                             cache.layers[layer],
-                            positions,
+                            visible,
                             lengths,
                             scale=shape.scale,
                             causal=causal,
@@ -191,7 +202,17 @@ class DecoderModel(PreTrainedModel):
 
         try:
             x = run_blocks(
-                bound.blocks, shape, x, cache.layers, slots, positions, lengths, mask, head_masks, causal, observe
+                bound.blocks,
+                shape,
+                x,
+                cache.layers,
+                positions,
+                lengths,
+                padding_positions,
+                mask,
+                head_masks,
+                causal,
+                observe,
             )
         except BaseException:
             cache.crop(past)

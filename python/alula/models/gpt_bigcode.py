@@ -174,8 +174,8 @@ class GPTBigCodeModel(DecoderModel, GPTBigCodePreTrainedModel):
             past_key_values: the cache of earlier passes; it is extended in place and returned.
             attention_mask: [B, T] or [B, past + T], nonzero = token, 0 = padding (left, right or holes); or
                 [B, T, S] / [B or 1, H or 1, T, S], bool (True = visible) or floating point (added), which stands for
-                the causal limit too. A padding token stores nothing and sees the tokens before it; where a query
-                sees no key its attention is zeros.
+                the causal limit too. A padding token stores nothing and, unless it comes alone, sees the tokens
+                before it; where a query sees no key its attention is zeros.
             token_type_ids: int64 [B, T], embedded with ``wte`` and added.
             position_ids: int64 [B, T] or [1, T]; default: the column, counted from the start of the cache, with no
                 correction for padding. They choose rows of ``wpe`` and never what a query sees.

@@ -347,9 +347,9 @@ def run_blocks(
     shape: BlockShape,
     x: Tensor,
     kv_layers: Sequence[Tensor],
-    slots: Tensor,
     positions: Tensor,
     lengths: Tensor,
+    padding_positions: Tensor | None = None,
     mask: Tensor | None = None,
     head_masks: Sequence[Tensor] | None = None,
     causal: bool = True,
@@ -359,9 +359,9 @@ def run_blocks(
     activated), MLP out (+ residual).
 
     Args:
-        x: [B, T, E]. kv_layers: per block [B, G, S, 2*D], written.
-        slots: int32 [B, T], where keys and values go, negative = nowhere. positions: int32 [B, T], the last slot that
-            each query sees, negative = none. lengths: int32 [B].
+        x: [B, T, E]. kv_layers: per block [B, G, S, 2*D], written. positions, lengths: int32 [B, T], [B].
+        padding_positions: int32 [B, T], the last slot that each padding query sees, negative for tokens. These queries
+            have a call of their own, so that tokens give the same bits whatever padding follows them.
         mask: as :func:`alula.ops.attention` takes it. head_masks: per block float32 [H].
         observe: called in every block with its index, its input and its query [B, T, H, D], once keys are written.
 
@@ -370,11 +370,13 @@ def run_blocks(
     heads, kv_heads, head_dim, width, mlp_width, scale, eps, activation = shape
     for layer, (n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc_w, fc_b, proj_w, proj_b) in enumerate(blocks):
         kv = kv_layers[layer]
-        q = qkv_op(x, qkv_w, qkv_b, n1w, n1b, eps, heads, kv_heads, head_dim, kv, slots)
+        q = qkv_op(x, qkv_w, qkv_b, n1w, n1b, eps, heads, kv_heads, head_dim, kv, positions)
         if observe is not None:
             observe(layer, x, q)
         head_mask = None if head_masks is None else head_masks[layer]
         y = attention_op(q, kv, positions, lengths, mask, head_mask, scale, causal)
+        if padding_positions is not None:
+            y += attention_op(q, kv, padding_positions, lengths, mask, head_mask, scale, causal)
         x = linear_op(y, out_w, width, out_b, None, None, eps, 0, x)
         y = linear_op(x, fc_w, mlp_width, fc_b, n2w, n2b, eps, activation, None)
         x = linear_op(y, proj_w, width, proj_b, None, None, eps, 0, x)
