@@ -1,9 +1,9 @@
 // Vec: one register of fp32 lanes, and loads and stores that convert from and to bf16 and f16.
 //
-// One of three bodies is compiled, by the flags of the object library: 16 lanes (AVX-512), 8 (AVX2 with FMA and F16C) or
-// 4 (the compiler's portable vectors). Each function is one instruction or one idea. Kernels are written against this
-// interface only. Everything sits in the namespace of the instruction set, so that no inline function compiled with
-// wide instructions can become the copy that the linker keeps for everybody.
+// One of three bodies is compiled, by the flags of the object library: 16 lanes (AVX-512), 8 (AVX2 with FMA and F16C)
+// or 4 (the compiler's portable vectors). Each function is one instruction or one idea. Kernels are written against
+// this interface only. Everything sits in the namespace of the instruction set, so that no inline function compiled
+// with wide instructions can become the copy that the linker keeps for everybody.
 #pragma once
 
 #include <cmath>
@@ -124,9 +124,7 @@ ALULA_INLINE Vec load(const bf16* p, int n) {
   const __m256i half = _mm256_maskz_loadu_epi16(first_lanes(n), p);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-ALULA_INLINE Vec load(const f16* p, int n) {
-  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))};
-}
+ALULA_INLINE Vec load(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
 
 ALULA_INLINE __m256i narrow_to_bf16(Vec a) {
 #if defined(__AVX512BF16__)
@@ -162,8 +160,8 @@ ALULA_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 ALULA_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 ALULA_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 ALULA_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
-ALULA_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }        // a * b + c
-ALULA_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }      // c - a * b
+ALULA_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
+ALULA_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 // max and min return b where a lane of either is NaN, as the instruction does.
 ALULA_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 ALULA_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -190,7 +188,7 @@ ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
 // x in the first n lanes, y in the others.
 ALULA_INLINE Vec select_first(int n, Vec x, Vec y) { return {_mm512_mask_blend_ps(first_lanes(n), y.v, x.v)}; }
 // a - floor(a), exact; 0 for an infinity.
-ALULA_INLINE Vec fraction(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+ALULA_INLINE Vec above_floor(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 // a * 2^floor(n); exact wherever the result is a number, through denormals to zero and to infinity.
 constexpr bool kScaleTakesAnyPower = true;
 ALULA_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
@@ -260,8 +258,8 @@ ALULA_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 ALULA_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 ALULA_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 ALULA_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-ALULA_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }        // a * b + c
-ALULA_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }      // c - a * b
+ALULA_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
+ALULA_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 // max and min return b where a lane of either is NaN, as the instruction does.
 ALULA_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 ALULA_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -293,7 +291,7 @@ ALULA_INLINE Vec select_first(int n, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_castsi256_ps(first_lanes(n)))};
 }
 // a - floor(a), exact, for finite a.
-ALULA_INLINE Vec fraction(Vec a) { return {_mm256_sub_ps(a.v, _mm256_floor_ps(a.v))}; }
+ALULA_INLINE Vec above_floor(Vec a) { return {_mm256_sub_ps(a.v, _mm256_floor_ps(a.v))}; }
 // a * 2^n for integral -252 <= n <= 254, in two factors so that each is a normal number and the result may be denormal.
 constexpr bool kScaleTakesAnyPower = false;
 ALULA_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
@@ -405,7 +403,7 @@ ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
 // x in the first n lanes, y in the others.
 ALULA_INLINE Vec select_first(int n, Vec x, Vec y) { return select(IntLanes{0, 1, 2, 3} < n, x.v, y.v); }
 // a - floor(a), exact, for |a| < 2^22.
-ALULA_INLINE Vec fraction(Vec a) {
+ALULA_INLINE Vec above_floor(Vec a) {
   const Vec d = a - round(a);
   return select(d.v < 0.0f, d.v + 1.0f, d.v);
 }
