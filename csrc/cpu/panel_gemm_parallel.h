@@ -3,6 +3,7 @@
 
 #include "core/scratch.h"
 #include "core/tensor.h"
+#include "core/trace.h"
 #include "cpu/panel_gemm_args.h"
 #include "cpu/parallel.h"
 
@@ -11,9 +12,9 @@ namespace alula {
 // Up to this many values of X every thread packs all of X for itself: cheaper than meeting at a barrier (about 3 us).
 constexpr int64_t kPackAloneValues = 16 * 1024;
 
-// multiply(packed, first_panel, last_panel, first_block, last_block) on every thread's share.
+// multiply(packed, first_panel, last_panel, first_block, last_block) on every thread's share. `op` is for the trace.
 template <typename Multiply>
-void run_panel_gemm(const PanelGemmArgs& args, const PanelGemmKernels& kernels, const Multiply& multiply) {
+void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKernels& kernels, const Multiply& multiply) {
   struct PackedX;
   if (args.m == 0 || args.n == 0) return;
   const int64_t blocks = (args.m + kernels.rows_per_block - 1) / kernels.rows_per_block;
@@ -30,7 +31,11 @@ void run_panel_gemm(const PanelGemmArgs& args, const PanelGemmKernels& kernels, 
     multiply(packed, columns.begin, columns.end, rows.begin, rows.end);
   };
 
-  if (args.m * args.k <= kPackAloneValues) {
+  const bool packs_alone = args.m * args.k <= kPackAloneValues;
+  ALULA_TRACE(op, args.dtype, size_class(args.m), " rows, ", args.k, " -> ", args.n, args.norm_weight ? ", layer norm" : "",
+              ": panels over ", across, ", row blocks over ", down, " threads, x packed by ",
+              packs_alone ? "each for itself" : "all together");
+  if (packs_alone) {
     parallel_parts(across * down, [&](int64_t part) {
       void* packed = thread_scratch<PackedX>().reserve(bytes);
       kernels.pack_rows(args, 0, blocks, packed);

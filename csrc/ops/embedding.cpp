@@ -4,6 +4,7 @@
 #include <array>
 
 #include "core/tensor.h"
+#include "core/trace.h"
 #include "cpu/panel_gemm_parallel.h"
 
 namespace alula {
@@ -71,6 +72,7 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
       .position_table = data_or_null(table),
       .out = out.mutable_data_ptr(),
   };
+  ALULA_TRACE("embedding", dtype, size_class(ids.numel()), " tokens, width ", embedding_dim);
   const EmbeddingKernels& kernels = ALULA_KERNELS(kEmbedding);
   parallel_ranges(ids.numel(), 4, [&](int64_t begin, int64_t end) { kernels.embed(args, begin, end); });
   return out;

@@ -4,6 +4,7 @@
 
 #include "core/scratch.h"
 #include "core/tensor.h"
+#include "core/trace.h"
 #include "cpu/parallel.h"
 
 namespace alula {
@@ -46,6 +47,8 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& b
       .eps = static_cast<float>(eps),
       .writes_past_caches = is_beyond_caches(out.numel() * out.element_size()),
   };
+  ALULA_TRACE("layer_norm", dtype, size_class(out.numel() / width), " rows of ", width, r ? " with residual" : "",
+              args.writes_past_caches ? ": result past the caches" : ": result through the caches");
   const LayerNormKernels& kernels = ALULA_KERNELS(kLayerNorm);
   const int64_t grain = (kValuesPerThread + width - 1) / width;
   parallel_ranges(out.numel() / width, grain, [&](int64_t begin, int64_t end) {

@@ -45,9 +45,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t out_features, const
       .out = out.mutable_data_ptr(),
   };
   const LinearKernels& kernels = ALULA_KERNELS(kLinear);
-  run_panel_gemm(args.gemm, kernels.gemm, [&](const void* packed, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
-    kernels.multiply(args, packed, p0, p1, b0, b1);
-  });
+  run_panel_gemm("linear", args.gemm, kernels.gemm,
+                 [&](const void* packed, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
+                   kernels.multiply(args, packed, p0, p1, b0, b1);
+                 });
   return out;
 }
 

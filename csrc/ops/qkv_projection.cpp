@@ -50,7 +50,8 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
     check_dtype(*mlp, "mlp", weight.scalar_type(), "the weight");
     check_own_memory(*mlp, "mlp");
     const bool has_even_rows = mlp->stride(2) == 1 && (batch == 1 || mlp->stride(0) == tokens * mlp->stride(1));
-    ALULA_CHECK(has_even_rows, "mlp has strides that do not make one sequence of token rows; give a contiguous tensor or "
+    ALULA_CHECK(has_even_rows,
+                "mlp has strides that do not make one sequence of token rows; give a contiguous tensor or "
                 "a range of the last dimension of one");
   }
   check_activation(mlp_activation);
@@ -76,9 +77,10 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
       .mlp_activation = static_cast<int>(mlp_activation),
   };
   const QkvProjectionKernels& kernels = ALULA_KERNELS(kQkvProjection);
-  run_panel_gemm(args.gemm, kernels.gemm, [&](const void* packed, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
-    kernels.multiply(args, packed, p0, p1, b0, b1);
-  });
+  run_panel_gemm("qkv_projection", args.gemm, kernels.gemm,
+                 [&](const void* packed, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
+                   kernels.multiply(args, packed, p0, p1, b0, b1);
+                 });
   return q;
 }
 

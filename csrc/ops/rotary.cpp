@@ -3,6 +3,7 @@
 #include <array>
 #include <tuple>
 
+#include "core/trace.h"
 #include "cpu/parallel.h"
 #include "ops/kv_cache.h"
 
@@ -11,7 +12,8 @@ namespace {
 
 RotaryArgs rotary_args(const Tensor& x, const char* name, const Tensor& out, const Tensor& positions,
                        const Tensor& table, bool is_interleaved) {
-  ALULA_CHECK(x.stride(3) == 1, name, " has stride ", x.stride(3), " in its last dimension; it must be contiguous there");
+  ALULA_CHECK(x.stride(3) == 1, name, " has stride ", x.stride(3),
+              " in its last dimension; it must be contiguous there");
   return {
       .dtype = value_dtype(x, name),
       .tokens = x.size(1),
@@ -43,6 +45,8 @@ void run(const Tensor& q, const Tensor& k, const Tensor& q_out, const Tensor& k_
   check_rotary_positions(where, angles);
   const RotaryArgs of_q = rotary_args(q, "q", q_out, where, angles, is_interleaved);
   const RotaryArgs of_k = rotary_args(k, "k", k_out, where, angles, is_interleaved);
+  ALULA_TRACE("rotary", of_q.dtype, size_class(batch * tokens), " tokens, head size ", head_dim,
+              is_interleaved ? ", interleaved" : ", halves");
   const RotaryKernels& kernels = ALULA_KERNELS(kRotary);
   const int64_t values = (of_q.num_heads + of_k.num_heads) * head_dim;
   parallel_ranges(batch * tokens, 1 + 16384 / (values + 1), [&](int64_t begin, int64_t end) {

@@ -4,6 +4,7 @@
 
 #include "core/scratch.h"
 #include "core/tensor.h"
+#include "core/trace.h"
 #include "cpu/parallel.h"
 
 namespace alula {
@@ -81,6 +82,10 @@ Tensor scaled_masked_softmax(const Tensor& scores, const OptionalTensor& mask, d
       .mask_strides = strides.data(),
       .mask_key_stride = strides.back(),
   };
+  ALULA_TRACE("scaled_masked_softmax", in_dtype, size_class(out.numel() / keys), " rows of ", size_class(keys), " -> ",
+              dtype_name(args.out_dtype), mask ? ", mask " + name_of(mask->scalar_type()) : "",
+              causal ? ", causal" : "", args.out_dtype == DType::kFloat32 ? ": exp" : ": 2^x",
+              args.writes_past_caches ? ", result past the caches" : ", result through the caches");
   const ScaledMaskedSoftmaxKernels& kernels = ALULA_KERNELS(kScaledMaskedSoftmax);
   const int64_t grain = (kScoresPerThread + keys - 1) / keys;
   parallel_ranges(out.numel() / keys, grain, [&](int64_t begin, int64_t end) {
