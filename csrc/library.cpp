@@ -1,6 +1,7 @@
 // Every op of the library: its schema, one line each. Meanings: python/alula/ops.py; kernels: ops/<name>_cpu.cpp.
 #include <torch/csrc/stable/library.h>
 
+// clang-format off
 STABLE_TORCH_LIBRARY(alula, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
@@ -13,3 +14,4 @@ STABLE_TORCH_LIBRARY(alula, m) {
   m.def("scaled_masked_softmax(Tensor scores, Tensor? mask, float scale, bool causal, ScalarType? dtype) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
 }
+// clang-format on

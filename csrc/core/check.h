@@ -1,5 +1,5 @@
-// Checks of what a caller hands in. A failed check throws before anything is written; the text says what is wrong and what
-// is accepted.
+// Checks of what a caller hands in. A failed check throws before anything is written; the text says what is wrong and
+// what is accepted.
 #pragma once
 
 #include <sstream>

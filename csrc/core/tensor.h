@@ -48,18 +48,21 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType expected, 
 }
 
 inline void check_cpu(const Tensor& t, const char* name) {
-  ALULA_CHECK(t.is_cpu(), name, " is on another device; this op has CPU tensors, so all of its tensors must be on the CPU");
+  ALULA_CHECK(t.is_cpu(), name,
+              " is on another device; this op has CPU tensors, so all of its tensors must be on the CPU");
 }
 
 // Of shape `expected`, where -1 stands for any size.
-inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected, const char* meaning) {
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected,
+                        const char* meaning) {
   bool fits = t.dim() == static_cast<int64_t>(expected.size());
   int64_t i = 0;
   for (const int64_t size : expected) {
     fits = fits && (size == -1 || t.size(i) == size);
     i++;
   }
-  if (fits) [[likely]] return;
+  if (fits) [[likely]]
+    return;
   std::string text;
   for (const int64_t size : expected) text += (text.empty() ? "" : ", ") + (size == -1 ? "any" : std::to_string(size));
   fail(name, " has shape ", shape_of(t), "; expected ", meaning, " = [", text, "]");

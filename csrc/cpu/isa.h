@@ -43,9 +43,8 @@ __attribute__((visibility("default"))) void force_isa(const std::string& name);
   ALULA_DECLARE_IN_ISA(avx2, Type, name)    \
   ALULA_DECLARE_IN_ISA(avx512, Type, name)  \
   ALULA_DECLARE_IN_ISA(avx512_bf16, Type, name)
-#define ALULA_KERNELS(name)                                                          \
-  (*std::array{&generic::name, &avx2::name, &avx512::name, &avx512_bf16::name}.at( \
-      static_cast<size_t>(current_isa())))
+#define ALULA_KERNELS(name) \
+  (*std::array{&generic::name, &avx2::name, &avx512::name, &avx512_bf16::name}.at(static_cast<size_t>(current_isa())))
 #else
 #define ALULA_DECLARE_KERNELS(Type, name) ALULA_DECLARE_IN_ISA(generic, Type, name)
 #define ALULA_KERNELS(name) (generic::name)

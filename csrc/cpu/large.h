@@ -8,14 +8,14 @@
 
 namespace alula {
 
-// From here on a result is written past the caches: whoever reads it will find the most of it gone from them anyway, and a
-// plain store would first read the line that it overwrites.
+// From here on a result is written past the caches: whoever reads it will find the most of it gone from them anyway,
+// and a plain store would first read the line that it overwrites.
 constexpr int64_t kPastCachesBytes = 16 << 20;
 
 inline bool is_beyond_caches(int64_t bytes) { return bytes >= kPastCachesBytes; }
 
-// Asks for pages of 2 MiB where [data, data + bytes) holds whole ones: fewer page faults when it is first written, fewer
-// address translations whenever it is read.
+// Asks for pages of 2 MiB where [data, data + bytes) holds whole ones: fewer page faults when it is first written,
+// fewer address translations whenever it is read.
 inline void ask_for_large_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr size_t kLargePage = 2 << 20;

@@ -5,7 +5,8 @@
 namespace alula::ALULA_ISA {
 namespace {
 
-constexpr int kChains = sizeof(Vec) == 64 ? 24 : 12;  // independent sums: enough to hide the latency, few enough for the registers
+// Independent sums: enough to hide the latency, few enough for the registers.
+constexpr int kChains = sizeof(Vec) == 64 ? 24 : 12;
 
 double fp32_fma(long iterations, float* sink) {
   Vec acc[kChains];

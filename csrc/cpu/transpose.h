@@ -1,4 +1,5 @@
-// transpose: a square of Vec::kWidth registers, rows become columns. Lanes are 32 bits of anything: a float, a pair of bf16.
+// transpose: a square of Vec::kWidth registers, rows become columns. Lanes are 32 bits of anything: a float, a pair of
+// bf16.
 //
 // 64 shuffles for 16 x 16, 24 for 8 x 8. Nothing is computed with the lanes, so their bits survive.
 #pragma once

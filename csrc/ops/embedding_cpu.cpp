@@ -1,5 +1,6 @@
-// embedding on the CPU. A row of the packed table is a column of its panel: one element (bf16: one pair) of every 32, a cache
-// line each. That costs a token some microseconds and saves a second copy of the table beside a tied output matrix.
+// embedding on the CPU. A row of the packed table is a column of its panel: one element (bf16: one pair) of every 32, a
+// cache line each. That costs a token some microseconds and saves a second copy of the table beside a tied output
+// matrix.
 #include "ops/embedding.h"
 
 #include "core/dispatch.h"
@@ -42,8 +43,7 @@ void embed_as(const EmbeddingArgs& args, int64_t first, int64_t last) {
 }
 
 void embed(const EmbeddingArgs& args, int64_t first_token, int64_t last_token) {
-  dispatch_dtype(args.dtype,
-                 [&](auto tag) { embed_as<typename decltype(tag)::Type>(args, first_token, last_token); });
+  dispatch_dtype(args.dtype, [&](auto tag) { embed_as<typename decltype(tag)::Type>(args, first_token, last_token); });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// layer_norm: y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias over the last dimension, z = x + residual, fp32 inside.
+// layer_norm: y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias over the last dimension, z = x + residual, fp32
+// inside.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,8 @@
-// layer_norm on the CPU: a row at a time, three passes (mean, variance, result) of which only the first reads from memory.
+// layer_norm on the CPU: a row at a time, three passes (mean, variance, result) of which only the first reads from
+// memory.
 //
-// 16-bit rows and rows with a residual are widened and added once, into a row of fp32 scratch; so are weight and bias, once
-// for all rows of a thread.
+// 16-bit rows and rows with a residual are widened and added once, into a row of fp32 scratch; so are weight and bias,
+// once for all rows of a thread.
 #include "ops/layer_norm.h"
 
 #include <type_traits>
@@ -40,7 +41,8 @@ const float* sum_row(const T* x, const T* residual, int64_t n, float* scratch) {
 
 // Fetches `next` as it goes.
 template <typename T, bool kPastCaches>
-void write_row(const float* z, Moments moments, const float* weight, const float* bias, int64_t n, const T* next, T* y) {
+void write_row(const float* z, Moments moments, const float* weight, const float* bias, int64_t n, const T* next,
+               T* y) {
   const auto result = [&](int64_t i) { return normalize(load(z + i), moments, load(weight + i), load(bias + i)); };
   const auto partial = [&](int64_t i, int lanes) {
     store(y + i, normalize(load(z + i, lanes), moments, load(weight + i, lanes), load(bias + i, lanes)), lanes);
@@ -77,9 +79,8 @@ void normalize_as(const LayerNormArgs& args, int64_t first, int64_t last, float*
     const T* x = static_cast<const T*>(args.x) + r * n;
     const T* residual = args.residual ? static_cast<const T*>(args.residual) + r * n : nullptr;
     const float* z = sum_row(x, residual, n, row);
-    const Moments moments = moments_of(n, args.eps, [&](int64_t i, int lanes) {
-      return lanes == kWidth ? load(z + i) : load(z + i, lanes);
-    });
+    const Moments moments = moments_of(
+        n, args.eps, [&](int64_t i, int lanes) { return lanes == kWidth ? load(z + i) : load(z + i, lanes); });
     write_row<T, kPastCaches>(z, moments, weight, bias, n, x + n, static_cast<T*>(args.out) + r * n);
   }
   if (kPastCaches) stream_fence();

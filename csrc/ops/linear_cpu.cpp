@@ -36,10 +36,9 @@ void multiply_as(const LinearArgs& args, const void* packed, int64_t first_panel
       write_rows<W, Activation::kRelu>, write_rows<W, Activation::kSilu>,     write_rows<W, Activation::kTanh>,
   };
   const Writer write = kWriters[args.activation];
-  multiply_panels<W>(args.gemm, packed, first_panel, last_panel, first_block, last_block,
-                     [&](int64_t row, int64_t panel, int64_t rows, const float* c) {
-                       write(args, row, panel, rows, c);
-                     });
+  multiply_panels<W>(
+      args.gemm, packed, first_panel, last_panel, first_block, last_block,
+      [&](int64_t row, int64_t panel, int64_t rows, const float* c) { write(args, row, panel, rows, c); });
 }
 
 void multiply(const LinearArgs& args, const void* packed, int64_t first_panel, int64_t last_panel, int64_t first_block,

@@ -1,7 +1,7 @@
 // pack_weight, unpack_weight: a plain weight [N, K] to and from panels of 32 rows, K-major (cpu/panel_gemm_args.h).
 //
-// Pure moves of 2- or 4-byte elements, done once at load, in address order of the packed side. Any strides of the plain side,
-// so that a transposed (Conv1D) checkpoint tensor is packed from its view.
+// Pure moves of 2- or 4-byte elements, done once at load, in address order of the packed side. Any strides of the plain
+// side, so that a transposed (Conv1D) checkpoint tensor is packed from its view.
 #include "core/tensor.h"
 #include "cpu/panel_gemm_args.h"
 #include "cpu/panel_gemm_parallel.h"

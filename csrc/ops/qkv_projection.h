@@ -1,5 +1,6 @@
-// qkv_projection: layer norm, product, bias, split into query and merged key/value, rotary, and the write into the cache.
-// CodeGen's parallel block has its MLP's first matrix in the same product: its columns follow, with their activation.
+// qkv_projection: layer norm, product, bias, split into query and merged key/value, rotary, and the write into the
+// cache. CodeGen's parallel block has its MLP's first matrix in the same product: its columns follow, with their
+// activation.
 #pragma once
 
 #include "cpu/isa.h"
@@ -8,19 +9,19 @@
 namespace alula {
 
 struct QkvProjectionArgs {
-  PanelGemmArgs gemm;        // M = B * T, N = (H + 2 * G) * D + F, rows of W: [q (H*D) | k (G*D) | v (G*D) | mlp (F)]
-  int64_t tokens;            // T
-  int64_t num_heads;         // H
-  int64_t num_kv_heads;      // G
-  int64_t head_dim;          // D
-  void* q;                   // [B, T, H, D]
-  void* kv_cache;            // [B, G, S, 2 * D]: key, then value; the last dimension is contiguous
-  int64_t kv_strides[3];     // of B, G, S, in elements
-  const int32_t* positions;  // [B, T]: the S where a token is written; negative: nowhere
-  const float* rotary_table;        // [P, rotary_dim]: cosines, then sines (cpu/rotate.h, interleaved); null: no rotary
+  PanelGemmArgs gemm;         // M = B * T, N = (H + 2 * G) * D + F, rows of W: [q (H*D) | k (G*D) | v (G*D) | mlp (F)]
+  int64_t tokens;             // T
+  int64_t num_heads;          // H
+  int64_t num_kv_heads;       // G
+  int64_t head_dim;           // D
+  void* q;                    // [B, T, H, D]
+  void* kv_cache;             // [B, G, S, 2 * D]: key, then value; the last dimension is contiguous
+  int64_t kv_strides[3];      // of B, G, S, in elements
+  const int32_t* positions;   // [B, T]: the S where a token is written; negative: nowhere
+  const float* rotary_table;  // [P, rotary_dim]: cosines, then sines (cpu/rotate.h, interleaved); null: no rotary
   const int32_t* rotary_positions;  // [B, T], each in [0, P); null with rotary_table
   int64_t rotary_dim;
-  void* mlp;           // [B, T, F] with mlp_stride elements from a token to the next; null where F is 0
+  void* mlp;  // [B, T, F] with mlp_stride elements from a token to the next; null where F is 0
   int64_t mlp_stride;
   int mlp_activation;  // cpu/vec_math.h, Activation
 };

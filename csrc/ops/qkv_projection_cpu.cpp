@@ -56,9 +56,8 @@ void write_rows(const QkvProjectionArgs& args, int64_t row, int64_t panel, int64
   const int64_t columns = left < kPanel ? left : kPanel;
   for (int64_t i = 0; i < rows; i++) {
     alignas(64) float values[kPanel];
-    for_each_column(bias, args.gemm.n, panel, c + i * kPanel, [&](int64_t column, int, Vec value) {
-      store(values + column - panel * kPanel, value);
-    });
+    for_each_column(bias, args.gemm.n, panel, c + i * kPanel,
+                    [&](int64_t column, int, Vec value) { store(values + column - panel * kPanel, value); });
     int64_t first = 0;
     for (; first < columns && panel * kPanel + first < qkv_columns; first += run) {
       const int64_t column = panel * kPanel + first;
@@ -79,10 +78,9 @@ void multiply(const QkvProjectionArgs& args, const void* packed, int64_t first_p
               int64_t first_block, int64_t last_block) {
   dispatch_dtype(args.gemm.dtype, [&](auto tag) {
     using W = typename decltype(tag)::Type;
-    multiply_panels<W>(args.gemm, packed, first_panel, last_panel, first_block, last_block,
-                       [&](int64_t row, int64_t panel, int64_t rows, const float* c) {
-                         write_rows<W>(args, row, panel, rows, c);
-                       });
+    multiply_panels<W>(
+        args.gemm, packed, first_panel, last_panel, first_block, last_block,
+        [&](int64_t row, int64_t panel, int64_t rows, const float* c) { write_rows<W>(args, row, panel, rows, c); });
   });
 }
 

@@ -16,7 +16,8 @@ void rotate_as(const RotaryArgs& args, int64_t first, int64_t last) {
     const int64_t b = token / args.tokens, t = token % args.tokens;
     const float* cosine = args.table + args.positions[token] * args.rotary_dim;
     for (int64_t h = 0; h < args.num_heads; h++) {
-      const W* x = static_cast<const W*>(args.x) + b * args.x_strides[0] + t * args.x_strides[1] + h * args.x_strides[2];
+      const W* x =
+          static_cast<const W*>(args.x) + b * args.x_strides[0] + t * args.x_strides[1] + h * args.x_strides[2];
       W* out = static_cast<W*>(args.out) + b * args.out_strides[0] + t * args.out_strides[1] + h * args.out_strides[2];
       for (int64_t i = 0; i < args.head_dim; i += Vec::kWidth) {
         const int64_t left = args.head_dim - i;
@@ -40,8 +41,7 @@ void rotate_as(const RotaryArgs& args, int64_t first, int64_t last) {
 }
 
 void rotate(const RotaryArgs& args, int64_t first_token, int64_t last_token) {
-  dispatch_dtype(args.dtype,
-                 [&](auto tag) { rotate_as<typename decltype(tag)::Type>(args, first_token, last_token); });
+  dispatch_dtype(args.dtype, [&](auto tag) { rotate_as<typename decltype(tag)::Type>(args, first_token, last_token); });
 }
 
 }  // namespace

@@ -18,11 +18,11 @@ struct ScaledMaskedSoftmaxArgs {
   int64_t num_tokens;  // T
   int64_t num_keys;    // S
   float scale;
-  bool is_causal;         // query t sees key j if j <= t + (S - T)
+  bool is_causal;           // query t sees key j if j <= t + (S - T)
   bool writes_past_caches;  // the result is larger than the caches: do not evict others for it
 
-  // Row r of the mask begins at mask + the sum over dimensions d of index_d * mask_strides[d], where index is r taken apart
-  // by leading_sizes. Strides are in elements, 0 where the mask is broadcast.
+  // Row r of the mask begins at mask + the sum over dimensions d of index_d * mask_strides[d], where index is r taken
+  // apart by leading_sizes. Strides are in elements, 0 where the mask is broadcast.
   MaskKind mask_kind;
   const void* mask;              // null for kNone; bool: true = visible; otherwise added
   int num_leading;               // dimensions before S

@@ -1,16 +1,16 @@
 // scaled_masked_softmax on the CPU: a row at a time, three passes of which only the first reads from memory.
 //
-//   1. m = max over the visible keys of v(j)           reads the scores
-//   2. e(j) = exp((v(j) - m) * c), sum += e(j)         scores from L1 or L2, e to a row of scratch; fetches the next row
-//   3. y(j) = e(j) / sum                               scratch from L1 or L2, y past the caches where it is large
+//   1. m = max over the visible keys of v(j)     reads the scores
+//   2. e(j) = exp((v(j) - m) * c), sum += e(j)   scores from L1 or L2, e to a row of scratch; fetches the next row
+//   3. y(j) = e(j) / sum                         scratch from L1 or L2, y past the caches where it is large
 //
-// v is the score itself and c = scale where that keeps the order of the scores (no additive mask, scale > 0): the difference
-// of two scores near each other is exact, however large they are. Otherwise v = scale * score + mask and c = 1.
-// A 16-bit result is made by 2^x with c / ln 2 in place of c: relative error 1e-5 where y = e^-87, and less above.
+// v is the score itself and c = scale where that keeps the order of the scores (no additive mask, scale > 0): the
+// difference of two scores near each other is exact, however large they are. Otherwise v = scale * score + mask and
+// c is 1. A 16-bit result is made by 2^x with c / ln 2 in place of c: relative error 1e-5 where y = e^-87, less above.
 //
-// -inf is a key that is not visible. A NaN or +inf among a row's v makes the whole row NaN, as torch.softmax does; what a
-// bool mask or the causal limit hides has no influence, whatever it is. A row with nothing visible is zeros. Two scores
-// whose difference overflows fp32 count as infinitely far apart.
+// -inf is a key that is not visible. A NaN or +inf among a row's v makes the whole row NaN, as torch.softmax does; what
+// a bool mask or the causal limit hides has no influence, whatever it is. A row with nothing visible is zeros. Two
+// scores whose difference overflows fp32 count as infinitely far apart.
 #include "ops/scaled_masked_softmax.h"
 
 #include <type_traits>
