@@ -6,7 +6,8 @@
 //     for each block of rows: tile (tile.h)
 //   hand C to the epilogue, all of K summed
 // So a weight comes from memory once per kMaxRowsAtOnce rows, in address order, and partial sums never leave the cache.
-// The first tile of each block asks for the weights kPrefetchAhead bytes early: one row runs at memory speed, many rows wait little.
+// The first tile of each block asks for the weights kPrefetchAhead bytes early: one row runs at memory speed, many rows
+// wait little.
 #pragma once
 
 #include "core/dispatch.h"
@@ -18,8 +19,8 @@ namespace alula::ALULA_ISA {
 
 constexpr int kPrefetchAhead = 4096;  // bytes
 
-// A packed row of X: its blocks of K, each kRowStride units, one block of K after the other for all rows of a row block:
-// [row block][block of K][rows][kRowStride].
+// A packed row of X: its blocks of K, each kRowStride units, one block of K after the other for all rows of a row
+// block: [row block][block of K][rows][kRowStride].
 template <typename W>
 constexpr int64_t num_blocks_of_k(int64_t k) {
   const int64_t steps = (k + Operand<W>::kStep - 1) / Operand<W>::kStep;
@@ -30,7 +31,8 @@ constexpr int64_t packed_row_size(int64_t k) {
   return num_blocks_of_k<W>(k) * kRowStride<W>;
 }
 
-// Row `index` of X, normed if asked, to `a`, a row of a packed block of `rows` rows. Values beyond K, up to whole steps, are zero.
+// Row `index` of X, normed if asked, to `a`, a row of a packed block of `rows` rows. Values beyond K, up to whole
+// steps, are zero.
 template <typename W>
 inline void pack_x_row(const PanelGemmArgs& args, int64_t index, float* a, int rows) {
   constexpr int64_t kBlock = kBlockSteps<W> * Operand<W>::kStep;  // values
@@ -68,8 +70,8 @@ void pack_rows_of(const PanelGemmArgs& args, int64_t first, int64_t last, void* 
   }
 }
 
-// Panels [first_panel, last_panel) for the rows of blocks [first_block, last_block), packed at `packed` (block 0 of X is at its
-// start). epilogue(row, panel, rows, c): rows of X from `row` on, their sums in c [rows][32].
+// Panels [first_panel, last_panel) for the rows of blocks [first_block, last_block), packed at `packed` (block 0 of X
+// is at its start). epilogue(row, panel, rows, c): rows of X from `row` on, their sums in c [rows][32].
 template <typename W, typename Epilogue>
 void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t first_panel, int64_t last_panel,
                      int64_t first_block, int64_t last_block, const Epilogue& epilogue) {
@@ -122,14 +124,13 @@ ALULA_INLINE void for_each_column(const W* bias, int64_t n, int64_t panel, const
 }
 
 inline int64_t packed_row_bytes(DType dtype, int64_t k) {
-  return dispatch_dtype(dtype, [&](auto tag) { 
+  return dispatch_dtype(dtype, [&](auto tag) {
     return packed_row_size<typename decltype(tag)::Type>(k) * static_cast<int64_t>(sizeof(float));
   });
 }
 
 inline void pack_rows(const PanelGemmArgs& args, int64_t first, int64_t last, void* packed) {
-  dispatch_dtype(args.dtype,
-                 [&](auto tag) { pack_rows_of<typename decltype(tag)::Type>(args, first, last, packed); });
+  dispatch_dtype(args.dtype, [&](auto tag) { pack_rows_of<typename decltype(tag)::Type>(args, first, last, packed); });
 }
 
 constexpr PanelGemmKernels kPanelGemm = {kRows, packed_row_bytes, pack_rows};

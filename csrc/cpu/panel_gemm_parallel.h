@@ -14,7 +14,8 @@ constexpr int64_t kPackAloneValues = 16 * 1024;
 
 // multiply(packed, first_panel, last_panel, first_block, last_block) on every thread's share. `op` is for the trace.
 template <typename Multiply>
-void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKernels& kernels, const Multiply& multiply) {
+void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKernels& kernels,
+                    const Multiply& multiply) {
   struct PackedX;
   if (args.m == 0 || args.n == 0) return;
   const int64_t blocks = (args.m + kernels.rows_per_block - 1) / kernels.rows_per_block;
@@ -32,9 +33,9 @@ void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKe
   };
 
   const bool packs_alone = args.m * args.k <= kPackAloneValues;
-  ALULA_TRACE(op, args.dtype, size_class(args.m), " rows, ", args.k, " -> ", args.n, args.norm_weight ? ", layer norm" : "",
-              ": panels over ", across, ", row blocks over ", down, " threads, x packed by ",
-              packs_alone ? "each for itself" : "all together");
+  ALULA_TRACE(op, args.dtype, size_class(args.m), " rows, ", args.k, " -> ", args.n,
+              args.norm_weight ? ", layer norm" : "", ": panels over ", across, ", row blocks over ", down,
+              " threads, x packed by ", packs_alone ? "each for itself" : "all together");
   if (packs_alone) {
     parallel_parts(across * down, [&](int64_t part) {
       void* packed = thread_scratch<PackedX>().reserve(bytes);
@@ -49,7 +50,8 @@ void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKe
 }
 
 inline void check_activation(int64_t code) {
-  ALULA_CHECK(code >= 0 && code <= 5, "activation code ", code, " is unknown; accepted: 0 to 5 (alula.ops.ACTIVATIONS)");
+  ALULA_CHECK(code >= 0 && code <= 5, "activation code ", code,
+              " is unknown; accepted: 0 to 5 (alula.ops.ACTIVATIONS)");
 }
 
 // Checks a packed weight against N and K and returns its dtype.
@@ -62,8 +64,10 @@ inline DType check_packed_weight(const Tensor& weight, int64_t out_features, int
                     weight.size(0) == num_panels(out_features) && weight.size(2) == kPanelRows &&
                     weight.size(1) == (paired ? (in_features + 1) / 2 : in_features) &&
                     (!paired || weight.size(3) == 2);
-  ALULA_CHECK(fits, "weight of shape ", shape_of(weight), " is not what alula::pack_weight makes of [", out_features,
-              ", ", in_features, "] (out_features, in_features); pack the plain weight with alula.ops.pack, and give an input of its in_features");
+  ALULA_CHECK(
+      fits, "weight of shape ", shape_of(weight), " is not what alula::pack_weight makes of [", out_features, ", ",
+      in_features,
+      "] (out_features, in_features); pack the plain weight with alula.ops.pack, and give an input of its in_features");
   return dtype;
 }
 

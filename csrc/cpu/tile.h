@@ -1,14 +1,16 @@
 // tile: C[rows][32] += A[rows][K] B[K][32], the register-tiled heart of linear and qkv_projection.
 //
 // Operands
-//   A  rows of 32-bit units, kRowStride apart: fp32 values or, for bf16 weights on a CPU that multiplies pairs (AVX512_BF16), pairs
+//   A  rows of 32-bit units, kRowStride apart: fp32 values or, for bf16 weights on a CPU that multiplies pairs
+//   (AVX512_BF16), pairs
 //      of bf16. Each unit is broadcast from where it lies; the stride is a constant, so twelve rows need one pointer.
 //   B  a panel of a packed weight, 32 columns per k; for bf16 pairs (k, k+1) per column.
-//   C  fp32 [rows][32], added to: a product over a long K runs in blocks, each summed from zero. One chain through all of K
+//   C  fp32 [rows][32], added to: a product over a long K runs in blocks, each summed from zero. One chain through all
+//   of K
 //      collects more rounding (4 x 1024 outputs of K 8192 in fp32: largest error 1.1e-3, by blocks 1.2e-4, as MKL's).
 //
-// Every element of a call's product is a single chain of multiply-adds over ascending k, whatever the number of rows: a row's
-// result is bit for bit the same alone and in a batch.
+// Every element of a call's product is a single chain of multiply-adds over ascending k, whatever the number of rows: a
+// row's result is bit for bit the same alone and in a batch.
 #pragma once
 
 #include "cpu/vec.h"
@@ -53,7 +55,8 @@ struct Operand<bf16> {
 constexpr int64_t kBlockBytes = 24 * 1024;
 template <typename W>
 constexpr int64_t kBlockSteps = kBlockBytes / (kPanel * static_cast<int64_t>(sizeof(W)) * Operand<W>::kStep);
-// Units from a row of A to the next: a block's, and one more line, so that the rows of a tile fall into different cache sets.
+// Units from a row of A to the next: a block's, and one more line, so that the rows of a tile fall into different cache
+// sets.
 template <typename W>
 constexpr int64_t kRowStride = kBlockSteps<W> * Operand<W>::kUnits + 16;
 
@@ -117,8 +120,8 @@ ALULA_INLINE void multiply_step(const float* a, const bf16* b, Vec (&acc)[kTileR
 }
 #endif
 
-// `steps` (at most kBlockSteps) steps of a tile of exactly kTileRows rows. kAhead > 0 asks for the line that many bytes ahead
-// in B: for weights that stream from memory and are used by few rows.
+// `steps` (at most kBlockSteps) steps of a tile of exactly kTileRows rows. kAhead > 0 asks for the line that many bytes
+// ahead in B: for weights that stream from memory and are used by few rows.
 template <int kTileRows, typename W, int kAhead>
 void tile(const float* a, const W* b, int64_t steps, float* c) {
   constexpr int kPair = Operand<W>::kStep;  // elements of B per column and step
