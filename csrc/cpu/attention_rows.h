@@ -1,16 +1,22 @@
-// Attention of one to three query rows: the products of attention_tile.h on keys and values where they lie in the cache.
+// Attention of one to three query rows: the products of attention_tile.h on keys and values where they lie in the
+// cache.
 //
-// The tile code writes transposed keys and a copy of the values, which pays when many rows use them; a row of multi-head
-// decoding would wait for that most of the time. Here keys are transposed in registers and values are read row by row,
-// each once, in address order.
+// The tile code writes transposed keys and a copy of the values, which pays when many rows use them; a row of multi-
+// head decoding would wait for that most of the time. Here keys are transposed in registers and values are read row by
+// row, each once, in address order.
 //
 // Per key tile and row
 //   for groups of Vec::kWidth keys: squares of K transposed in registers, one chain of multiply-adds over d per key
 //   softmax as in attention_tile.h
 //   sums = alpha sums + beta p V, V row by row into registers
 //
-// Every operation and its order are those of the tile code, so a row has the same bits from either, and which of the two is used
-// is a question of speed alone: a step of decoding gives the bits of the prefill of the same token.
+// Every operation and its order are those of the tile code, so a row has the same bits from either, and which of the
+// two is used is a question of speed alone: a step of decoding gives the bits of the prefill of the same token.
+//
+// Figures (AMD EPYC, Zen 4, one core of two, other work beside it): one decoding step of 16 heads, D 64, 1000 tokens:
+// fp32 160 us from the caches (51 GB/s), 810 us from memory (10 GB/s; a plain sum reads 16); bf16 109 and 480 us.
+// Slower: asking for the keys 32 slots ahead (fp32 182 and 910 us). Faster from the caches (140 us), no different from
+// memory, and with bits of its own: one register of sums per key, transposed at the end.
 #pragma once
 
 #include "cpu/attention_tile.h"
@@ -19,8 +25,8 @@ namespace alula::ALULA_ISA {
 
 constexpr int kFewRows = 3;  // above, the tile code is faster
 
-// scores = q K^T * scale + bias for kGroups groups of Vec::kWidth keys from `slot` on; of the last group `keys` are there, the
-// others repeat the last. Two groups at once are two chains, which hide each other's latency.
+// scores = q K^T * scale + bias for kGroups groups of Vec::kWidth keys from `slot` on; of the last group `keys` are
+// there, the others repeat the last. Two groups at once are two chains, which hide each other's latency.
 template <typename W, int kGroups>
 ALULA_INLINE void dot_keys(const float* q, const KeyValues<W>& source, int64_t slot, int keys, Vec scale, Vec bias,
                            float* scores) {
@@ -58,8 +64,8 @@ ALULA_INLINE void dot_keys(const float* q, const KeyValues<W>& source, int64_t s
 
 // sums [kVecs registers] = alpha sums + beta sum_j p[j] values[j]. p: units, as softmax_row leaves them.
 template <typename W, int kVecs, bool kWhole>
-ALULA_INLINE void add_values(const float* p, int keys, const W* values, ptrdiff_t stride, int lanes, float alpha, float beta,
-                             float* sums) {
+ALULA_INLINE void add_values(const float* p, int keys, const W* values, ptrdiff_t stride, int lanes, float alpha,
+                             float beta, float* sums) {
   constexpr int kStep = Units<W>::kStep;
   Vec acc[kVecs];
 #pragma GCC unroll 8
@@ -114,7 +120,6 @@ void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTil
     for (int key = 0; key < visible; key += 2 * kGroup) {
       const int64_t slot = tile.first + key;
       const int keys = visible - key < 2 * kGroup ? visible - key : 2 * kGroup;
-      if (row == 0) prefetch_slots(source, slot + 2 * kGroup, key + 4 * kGroup <= visible ? 2 * kGroup : 0);
       if (keys > kGroup) {
         dot_keys<W, 2>(q, source, slot, keys - kGroup, scale, bias, scores + key);
       } else {
@@ -131,8 +136,8 @@ void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTil
     column = add_column_groups<W, 4>(scores, visible, values, source.stride, d, column, *alpha, *beta, sums);
     column = add_column_groups<W, 1>(scores, visible, values, source.stride, d, column, *alpha, *beta, sums);
     if (column < d) {
-      add_values<W, 1, false>(scores, visible, values + column, source.stride, static_cast<int>(d - column), *alpha, *beta,
-                              sums + column);
+      const int lanes = static_cast<int>(d - column);
+      add_values<W, 1, false>(scores, visible, values + column, source.stride, lanes, *alpha, *beta, sums + column);
     }
   }
 }

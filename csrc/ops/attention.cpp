@@ -44,8 +44,8 @@ void set_mask(AttentionArgs& args, const OptionalTensor& mask, int64_t batch, in
   const auto fits = [](int64_t size, int64_t full) { return size == full || size == 1; };
   ALULA_CHECK(mask->dim() == 4 && fits(mask->size(0), batch) && fits(mask->size(1), args.num_heads) &&
                   mask->size(2) == args.tokens && mask->size(3) >= longest,
-              "mask has shape ", shape_of(*mask), "; accepted: [", batch, " or 1, ", args.num_heads, " or 1, ", args.tokens,
-              ", at least ", longest, "] (B, H, T, the largest of lengths)");
+              "mask has shape ", shape_of(*mask), "; accepted: [", batch, " or 1, ", args.num_heads, " or 1, ",
+              args.tokens, ", at least ", longest, "] (B, H, T, the largest of lengths)");
   args.mask = mask->const_data_ptr();
   for (int i = 0; i < 4; i++) args.mask_strides[i] = mask->size(i) == 1 && i < 2 ? 0 : mask->stride(i);
 }
@@ -70,7 +70,9 @@ Tensor checked_lengths(const Tensor& lengths, int64_t batch, int64_t capacity) {
 struct Plan {
   std::vector<int32_t> tokens, limits;  // of all batch rows, one after another
   std::vector<AttentionTile> tiles;
-  std::vector<int64_t> first_item;      // of each tile when keys are split, and their number at the end
+  // When keys are split, per tile and one more at the end: its first item, where its partials begin, items not done.
+  std::vector<int64_t> first_item, offsets;
+  std::vector<int32_t> pending;
   double multiply_adds, elements;
 };
 
@@ -94,7 +96,8 @@ void make_tiles(Plan& plan, const AttentionArgs& args, const AttentionKernels& k
     for (int64_t t = 0; t < args.tokens; t++) {
       const int32_t position = positions[b * args.tokens + t];
       if (position < 0) {
-        std::memset(static_cast<char*>(args.out) + static_cast<size_t>(b * args.tokens + t) * token_bytes, 0, token_bytes);
+        const auto at = static_cast<size_t>(b * args.tokens + t) * token_bytes;
+        std::memset(static_cast<char*>(args.out) + at, 0, token_bytes);
         continue;
       }
       tokens[count] = static_cast<int32_t>(t);
@@ -133,26 +136,31 @@ void run_split(Plan& plan, const AttentionArgs& args, const AttentionKernels& ke
   struct Working;
   const size_t count = plan.tiles.size();
   plan.first_item.assign(count + 1, 0);
-  std::vector<std::atomic<int32_t>> pending(count);
-  std::vector<int64_t> offsets(count + 1, 0);
+  plan.offsets.assign(count + 1, 0);
+  plan.pending.assign(count, 0);
   for (size_t i = 0; i < count; i++) {
     const AttentionTile& tile = plan.tiles[i];
     const int64_t items = std::max<int64_t>(1, (tile.limit + kernels.keys_per_tile - 1) / kernels.keys_per_tile);
-    pending[i].store(static_cast<int32_t>(items), std::memory_order_relaxed);
+    plan.pending[i] = static_cast<int32_t>(items);
     plan.first_item[i + 1] = plan.first_item[i] + items;
-    offsets[i + 1] = offsets[i] + items * kernels.partial_bytes(args, tile.num_rows);
+    plan.offsets[i + 1] = plan.offsets[i] + items * kernels.partial_bytes(args, tile.num_rows);
   }
-  char* partials = static_cast<char*>(thread_scratch<Partials>().reserve(static_cast<size_t>(offsets[count])));
+  char* partials = static_cast<char*>(thread_scratch<Partials>().reserve(static_cast<size_t>(plan.offsets[count])));
   const auto scratch_bytes = static_cast<size_t>(kernels.scratch_bytes(args));
-  run_items(plan.first_item[count], [&](int64_t item) {
-    const auto after = std::upper_bound(plan.first_item.begin(), plan.first_item.end(), item);
-    const size_t i = static_cast<size_t>(after - plan.first_item.begin()) - 1;
-    const AttentionTile& tile = plan.tiles[i];
-    const int64_t index = item - plan.first_item[i];
+  // Equal shares of neighbours, so that a thread's next item is mostly the next key tile, which it fetches ahead.
+  parallel_ranges(plan.first_item[count], 1, [&](int64_t begin, int64_t end) {
     void* scratch = thread_scratch<Working>().reserve(scratch_bytes);
-    kernels.attend_one(args, tile, index, partials + offsets[i] + index * kernels.partial_bytes(args, tile.num_rows), scratch);
-    if (pending[i].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      kernels.combine(args, tile, partials + offsets[i], plan.first_item[i + 1] - plan.first_item[i], scratch);
+    const auto after = std::upper_bound(plan.first_item.begin(), plan.first_item.end(), begin);
+    size_t i = static_cast<size_t>(after - plan.first_item.begin()) - 1;
+    for (int64_t item = begin; item < end; item++) {
+      if (item == plan.first_item[i + 1]) i++;
+      const AttentionTile& tile = plan.tiles[i];
+      const int64_t index = item - plan.first_item[i], items = plan.first_item[i + 1] - plan.first_item[i];
+      char* partial = partials + plan.offsets[i] + index * kernels.partial_bytes(args, tile.num_rows);
+      kernels.attend_one(args, tile, index, partial, scratch);
+      if (std::atomic_ref(plan.pending[i]).fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        kernels.combine(args, tile, partials + plan.offsets[i], items, scratch);
+      }
     }
   });
 }
@@ -202,7 +210,8 @@ Tensor attention(const Tensor& q, const Tensor& kv_cache, const Tensor& position
   Plan& plan = own_plan;  // a reference, so that other threads see this one's
   const AttentionKernels& kernels = ALULA_KERNELS(kAttention);
   const size_t token_bytes = static_cast<size_t>(num_heads * head_dim) * (dtype == DType::kFloat32 ? 4 : 2);
-  make_tiles(plan, args, kernels, static_cast<const int32_t*>(slots.const_data_ptr()), length, batch, causal, token_bytes);
+  const auto* position = static_cast<const int32_t*>(slots.const_data_ptr());
+  make_tiles(plan, args, kernels, position, length, batch, causal, token_bytes);
   const auto count = static_cast<int64_t>(plan.tiles.size());
   const bool alone =
       num_threads() == 1 || (plan.multiply_adds <= kAloneMultiplyAdds && plan.elements <= kAloneElements);

@@ -1,7 +1,8 @@
 // attention: softmax(scale q k^T + mask) v over the merged cache, prefill and decode, multi-head to multi-query.
 //
 // A query row is one head of one token. The rows of a batch row that read one key/value head are numbered
-// (token, head of the group), padding left out, and cut into tiles; a tile walks its keys in fixed tiles of keys_per_tile slots.
+// (token, head of the group), padding left out, and cut into tiles; a tile walks its keys in fixed tiles of
+// keys_per_tile slots.
 #pragma once
 
 #include "cpu/isa.h"
@@ -50,7 +51,8 @@ struct AttentionKernels {
   // Key tile `index` alone, into partial [partial_bytes].
   void (*attend_one)(const AttentionArgs& args, const AttentionTile& tile, int64_t index, void* partial, void* scratch);
   // The partials of key tiles 0 .. count - 1, one after another, merged in order: the same bits as attend_all.
-  void (*combine)(const AttentionArgs& args, const AttentionTile& tile, const void* partials, int64_t count, void* scratch);
+  void (*combine)(const AttentionArgs& args, const AttentionTile& tile, const void* partials, int64_t count,
+                  void* scratch);
 };
 
 ALULA_DECLARE_KERNELS(AttentionKernels, kAttention)

@@ -1,7 +1,8 @@
 // attention on the CPU: dense rows over the merged cache, by the tile code of cpu/attention_tile.h.
 //
-// A thread owns one tile of query rows, or (decode) one key tile of it. It gathers the rows' queries, walks the key tiles in
-// order, divides and writes. Everything a tile needs lies in the thread's scratch: Q, sums, maxima, one packed key tile.
+// A thread owns one tile of query rows, or (decode) one key tile of it. It gathers the rows' queries, walks the key
+// tiles in order, divides and writes. Everything a tile needs lies in the thread's scratch: Q, sums, maxima, one packed
+// key tile.
 #include "ops/attention.h"
 
 #include "core/dispatch.h"
@@ -128,17 +129,20 @@ QueryTile open_tile(const AttentionArgs& args, const AttentionTile& tile, const 
 }
 
 template <typename W>
-void attend_key_tile(const AttentionArgs& args, const AttentionTile& tile, const QueryTile& query, int64_t index, float* packed) {
+void attend_key_tile(const AttentionArgs& args, const AttentionTile& tile, const QueryTile& query, int64_t index,
+                     float* packed) {
   const KeyValues<W> source = {
       static_cast<const W*>(args.kv_cache) + tile.batch * args.kv_strides[0] + tile.kv_head * args.kv_strides[1],
       args.kv_strides[2], args.head_dim};
-  const int64_t first = index * kKeysAtOnce;
-  const int64_t left = tile.limit - first;
-  const KeyTile keys = {first, static_cast<int>(left < kKeysAtOnce ? left : kKeysAtOnce), 0.0f};
+  const auto key_tile = [&](int64_t i) {
+    const int64_t first = i * kKeysAtOnce, left = tile.limit - first;
+    return KeyTile{first, static_cast<int>(left < 0 ? 0 : left < kKeysAtOnce ? left : kKeysAtOnce), 0.0f};
+  };
+  const KeyTile keys = key_tile(index), next = key_tile(index + 1);
   if (tile.num_rows <= kFewRows) {
     attend_few(query, source, keys);
   } else {
-    attend(query, source, keys, packed);
+    attend(query, source, keys, &next, packed);
   }
 }
 
@@ -164,15 +168,14 @@ void write_tile(const AttentionArgs& args, const AttentionTile& tile, const Quer
   }
 }
 
-int64_t num_key_tiles(const AttentionTile& tile) { return (tile.limit + kKeysAtOnce - 1) / kKeysAtOnce; }
-
 void attend_all(const AttentionArgs& args, const AttentionTile& tile, void* scratch) {
   const Workspace w = workspace_at(args, scratch);
   const MaskContext mask = {&args, &tile};
   dispatch_dtype(args.dtype, [&](auto tag) {
     using W = typename decltype(tag)::Type;
     const QueryTile query = open_tile<W>(args, tile, mask, w, w.state);
-    for (int64_t index = 0; index < num_key_tiles(tile); index++) attend_key_tile<W>(args, tile, query, index, w.packed);
+    const int64_t count = (tile.limit + kKeysAtOnce - 1) / kKeysAtOnce;
+    for (int64_t index = 0; index < count; index++) attend_key_tile<W>(args, tile, query, index, w.packed);
     write_tile<W>(args, tile, query);
   });
 }
