@@ -56,11 +56,11 @@ struct QueryTile {
   int64_t head_dim;
   float scale;
   ScoreMask mask;
-  const float* q;          // units, [rows][kQueryStride]
-  const int32_t* limits;   // [rows]: row i sees slots below limits[i]
-  float* maxima;           // [rows], of the scores so far
-  float* denominators;     // [rows], sums of p so far
-  float* sums;             // [rows][sum_stride(D)], sums of p v so far
+  const float* q;         // units, [rows][kQueryStride]
+  const int32_t* limits;  // [rows]: row i sees slots below limits[i]
+  float* maxima;          // [rows], of the scores so far
+  float* denominators;    // [rows], sums of p so far
+  float* sums;            // [rows][sum_stride(D)], sums of p v so far
 };
 
 constexpr int64_t sum_stride(int64_t head_dim) { return (head_dim + kPanel - 1) / kPanel * kPanel; }

@@ -31,7 +31,8 @@ MaskKind mask_kind_of(const Tensor& mask) {
     case ScalarType::Half:
       return MaskKind::kFloat16;
     default:
-      fail("mask has dtype ", name_of(mask.scalar_type()), "; accepted: bool (true = visible), or float32, bfloat16, "
+      fail("mask has dtype ", name_of(mask.scalar_type()),
+           "; accepted: bool (true = visible), or float32, bfloat16, "
            "float16 (added to the scores)");
   }
 }
@@ -112,8 +113,8 @@ void make_tiles(Plan& plan, const AttentionArgs& args, const AttentionKernels& k
         const int64_t last = std::min(rows, blocks * (cut + 1) / cuts * kernels.rows_per_block);
         if (first == last) continue;
         const int32_t limit = *std::max_element(limits + first / group, limits + (last - 1) / group + 1);
-        plan.tiles.push_back({b, g, tokens, limits, static_cast<int32_t>(first),
-                              static_cast<int32_t>(last - first), limit});
+        plan.tiles.push_back(
+            {b, g, tokens, limits, static_cast<int32_t>(first), static_cast<int32_t>(last - first), limit});
         plan.multiply_adds += 2.0 * static_cast<double>(last - first) * static_cast<double>(args.head_dim) * limit;
         plan.elements += 2.0 * static_cast<double>(args.head_dim) * limit;
       }

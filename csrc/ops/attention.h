@@ -5,42 +5,42 @@
 // keys_per_tile slots.
 #pragma once
 
-#include "cpu/isa.h"
 #include "core/types.h"
+#include "cpu/isa.h"
 
 namespace alula {
 
 enum class MaskKind : int { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
 
 struct AttentionArgs {
-  DType dtype;               // of q, kv_cache and out
-  int64_t tokens;            // T
-  int64_t num_heads;         // H
-  int64_t num_kv_heads;      // G, divides H
-  int64_t head_dim;          // D
-  const void* q;             // [B, T, H, D]
-  const void* kv_cache;      // [B, G, S, 2 * D]: key, then value; the last dimension is contiguous
-  int64_t kv_strides[3];     // of B, G, S, in elements
+  DType dtype;            // of q, kv_cache and out
+  int64_t tokens;         // T
+  int64_t num_heads;      // H
+  int64_t num_kv_heads;   // G, divides H
+  int64_t head_dim;       // D
+  const void* q;          // [B, T, H, D]
+  const void* kv_cache;   // [B, G, S, 2 * D]: key, then value; the last dimension is contiguous
+  int64_t kv_strides[3];  // of B, G, S, in elements
   MaskKind mask_kind;
-  const void* mask;          // [B, H, T, S'], bool: true = visible; else added to the scores. Null for kNone
-  int64_t mask_strides[4];   // of B, H, T, S', in elements; 0 where it is broadcast
-  const float* head_mask;    // [H], may be null
+  const void* mask;         // [B, H, T, S'], bool: true = visible; else added to the scores. Null for kNone
+  int64_t mask_strides[4];  // of B, H, T, S', in elements; 0 where it is broadcast
+  const float* head_mask;   // [H], may be null
   float scale;
-  void* out;                 // [B, T, H * D]
+  void* out;  // [B, T, H * D]
 };
 
 // Rows of one tile: those numbered [first_row, first_row + num_rows) of batch row `batch` and key/value head `kv_head`.
 struct AttentionTile {
   int64_t batch, kv_head;
-  const int32_t* tokens;     // [num_rows of the batch row / group]: the tokens of the batch row that are no padding
-  const int32_t* limits;     // the same: how many slots each of them sees
+  const int32_t* tokens;  // [num_rows of the batch row / group]: the tokens of the batch row that are no padding
+  const int32_t* limits;  // the same: how many slots each of them sees
   int32_t first_row, num_rows;
-  int32_t limit;             // most slots that one of the rows sees
+  int32_t limit;  // most slots that one of the rows sees
 };
 
 struct AttentionKernels {
-  int rows_per_block;        // a tile's rows should be a multiple of it
-  int max_rows;              // of a tile
+  int rows_per_block;  // a tile's rows should be a multiple of it
+  int max_rows;        // of a tile
   int keys_per_tile;
   // Bytes of working memory of a thread, aligned to 64.
   int64_t (*scratch_bytes)(const AttentionArgs& args);
