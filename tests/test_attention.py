@@ -346,6 +346,19 @@ def test_the_cache_is_not_changed(dtype: torch.dtype, isa: str) -> None:
     assert_equal_bits(case.kv_cache, before)
 
 
+@pytest.mark.parametrize("tokens, past", [(1, 300), (9, 0), (40, 3)])
+def test_a_result_within_a_wider_tensor(tokens: int, past: int, dtype: torch.dtype, isa: str) -> None:
+    """The same bits as in a tensor of its own; zeros for padding, and nothing written beside it."""
+    case = make(shapes.Attention(2, tokens, past, 4, 2, 24), dtype)
+    case.positions[1, tokens // 2] = -1
+    wide = torch.full((2, tokens, 5 + 4 * 24 + 3), torch.nan, dtype=dtype)
+    out = wide[..., 5:-3]
+    assert case.run(out=out) is out
+    assert_equal_bits(out, case.run())
+    assert wide[..., :5].isnan().all()
+    assert wide[..., -3:].isnan().all()
+
+
 @pytest.mark.parametrize("batch, tokens, past", [(0, 3, 2), (2, 0, 4), (0, 0, 0)])
 def test_no_queries(batch: int, tokens: int, past: int, dtype: torch.dtype) -> None:
     out = make(shapes.Attention(batch, tokens, past, 3, 1, 16), dtype).run()
@@ -366,6 +379,8 @@ def test_opcheck(tokens: int, past: int, dtype: torch.dtype) -> None:
     head_mask = torch.rand(4)
     torch.library.opcheck(torch.ops.alula.attention, (*case, None, None, 0.25, True))
     torch.library.opcheck(torch.ops.alula.attention, (*case, mask, head_mask, 0.25, False))
+    out = torch.zeros(*case.q.shape[:2], 4 * 16 + 8, dtype=dtype)[..., 8:]
+    torch.library.opcheck(torch.ops.alula.attention_into, (*case, None, None, 0.25, True, out))
 
 
 @pytest.mark.parametrize("which", ["q", "kv_cache", "mask", "head_mask"])

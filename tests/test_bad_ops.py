@@ -351,6 +351,12 @@ def attention_arguments() -> Change:
     ("mask on another device", lambda: {"mask": meta(2, 1, 3, 6)}, ("mask", "device")),
     ("head_mask of another length", lambda: {"head_mask": zeros(3)}, ("head_mask", r"\[3\]", r"\b4\b")),
     ("head_mask of another dtype", lambda: {"head_mask": zeros(4).half()}, ("head_mask", "(?i)half|float16")),
+    ("out of another shape", lambda: {"out": zeros(2, 3, 31)}, (r"\bout\b", r"\[2, 3, 31\]", r"\b32\b")),
+    ("out of another dtype", lambda: {"out": zeros(2, 3, 32).half()}, (r"\bout\b", "(?i)half|float16")),
+    ("out on another device", lambda: {"out": meta(2, 3, 32)}, (r"\bout\b", "device")),
+    ("out that is expanded", lambda: {"out": zeros(1, 3, 32).expand(2, 3, 32)}, (r"\bout\b", "expanded")),
+    ("out with its heads apart", lambda: {"out": zeros(2, 3, 64)[..., ::2]}, (r"\bout\b", "strides")),
+    ("out with its rows apart", lambda: {"out": zeros(2, 4, 32)[:, :3]}, (r"\bout\b", "strides")),
 )
 def test_attention(change: Callable[[], Change], words: tuple[str, ...]) -> None:
     raises(ops.attention, attention_arguments(), change(), *words)

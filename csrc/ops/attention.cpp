@@ -65,6 +65,15 @@ Tensor checked_lengths(const Tensor& lengths, int64_t batch, int64_t capacity) {
   return result;
 }
 
+// [B, T, H * D], rows of tokens one after another with an even step.
+void check_out(const Tensor& out, int64_t batch, int64_t tokens, int64_t width, ScalarType dtype) {
+  check_cpu(out, "out");
+  check_shape(out, "out", {batch, tokens, width}, "[B, T, H * D]");
+  check_dtype(out, "out", dtype, "q");
+  check_own_memory(out, "out");
+  check_token_rows(out, "out");
+}
+
 // --- what there is to do -----------------------------------------------------------------------------------------
 
 // Kept by each calling thread, so that a step of decoding allocates nothing.
@@ -79,7 +88,9 @@ struct Plan {
 
 // Lists the tokens that are no padding, zeros the output of those that are, and cuts the rows into tiles.
 void make_tiles(Plan& plan, const AttentionArgs& args, const AttentionKernels& kernels, const int32_t* positions,
-                const int32_t* lengths, int64_t batch, bool causal, size_t token_bytes) {
+                const int32_t* lengths, int64_t batch, bool causal, size_t element_bytes) {
+  const size_t token_bytes = static_cast<size_t>(args.num_heads * args.head_dim) * element_bytes;
+  const size_t stride_bytes = static_cast<size_t>(args.out_stride) * element_bytes;
   const int64_t group = args.num_heads / args.num_kv_heads;
   plan.tokens.resize(static_cast<size_t>(batch * args.tokens));
   plan.limits.resize(static_cast<size_t>(batch * args.tokens));
@@ -97,7 +108,7 @@ void make_tiles(Plan& plan, const AttentionArgs& args, const AttentionKernels& k
     for (int64_t t = 0; t < args.tokens; t++) {
       const int32_t position = positions[b * args.tokens + t];
       if (position < 0) {
-        const auto at = static_cast<size_t>(b * args.tokens + t) * token_bytes;
+        const auto at = static_cast<size_t>(b * args.tokens + t) * stride_bytes;
         std::memset(static_cast<char*>(args.out) + at, 0, token_bytes);
         continue;
       }
@@ -166,10 +177,10 @@ void run_split(Plan& plan, const AttentionArgs& args, const AttentionKernels& ke
   });
 }
 
-}  // namespace
-
-Tensor attention(const Tensor& q, const Tensor& kv_cache, const Tensor& positions, const Tensor& lengths,
-                 const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal) {
+// `given`: where the result goes; null: into a new tensor, which is returned.
+OptionalTensor run(const Tensor& q, const Tensor& kv_cache, const Tensor& positions, const Tensor& lengths,
+                   const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal,
+                   const Tensor* given) {
   check_cpu(q, "q");
   ALULA_CHECK(q.dim() == 4, "q has shape ", shape_of(q), "; expected [B, T, H, D]");
   const int64_t batch = q.size(0), tokens = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
@@ -203,22 +214,29 @@ Tensor attention(const Tensor& q, const Tensor& kv_cache, const Tensor& position
   set_mask(args, mask, batch, batch > 0 ? *std::max_element(length, length + batch) : 0);
   args.head_mask = static_cast<const float*>(data_or_null(head_factors));
   args.scale = static_cast<float>(scale);
-  Tensor out = torch::stable::empty({batch, tokens, num_heads * head_dim}, q.scalar_type());
-  args.out = out.mutable_data_ptr();
+  OptionalTensor made;
+  if (given) {
+    check_out(*given, batch, tokens, num_heads * head_dim, q.scalar_type());
+  } else {
+    made = torch::stable::empty({batch, tokens, num_heads * head_dim}, q.scalar_type());
+    given = &*made;
+  }
+  args.out = given->mutable_data_ptr();
+  args.out_stride = given->stride(1);
 
   struct Working;
   static thread_local Plan own_plan;
   Plan& plan = own_plan;  // a reference, so that other threads see this one's
   const AttentionKernels& kernels = ALULA_KERNELS(kAttention);
-  const size_t token_bytes = static_cast<size_t>(num_heads * head_dim) * (dtype == DType::kFloat32 ? 4 : 2);
+  const size_t element_bytes = dtype == DType::kFloat32 ? 4 : 2;
   const auto* position = static_cast<const int32_t*>(slots.const_data_ptr());
-  make_tiles(plan, args, kernels, position, length, batch, causal, token_bytes);
+  make_tiles(plan, args, kernels, position, length, batch, causal, element_bytes);
   const auto count = static_cast<int64_t>(plan.tiles.size());
   const bool alone =
       num_threads() == 1 || (plan.multiply_adds <= kAloneMultiplyAdds && plan.elements <= kAloneElements);
   if (!alone && count < 3 * num_threads()) {
     run_split(plan, args, kernels);
-    return out;
+    return made;
   }
   const auto scratch_bytes = static_cast<size_t>(kernels.scratch_bytes(args));
   const auto attend = [&](int64_t item) {  // the last tiles see most keys, so they go first
@@ -230,9 +248,25 @@ Tensor attention(const Tensor& q, const Tensor& kv_cache, const Tensor& position
   } else {
     run_items(count, attend);
   }
-  return out;
+  return made;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+}  // namespace
+
+Tensor attention(const Tensor& q, const Tensor& kv_cache, const Tensor& positions, const Tensor& lengths,
+                 const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal) {
+  return *run(q, kv_cache, positions, lengths, mask, head_mask, scale, causal, nullptr);
+}
+
+void attention_into(const Tensor& q, const Tensor& kv_cache, const Tensor& positions, const Tensor& lengths,
+                    const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal,
+                    const Tensor& out) {
+  run(q, kv_cache, positions, lengths, mask, head_mask, scale, causal, &out);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_into", TORCH_BOX(&attention_into));
+}
 
 }  // namespace alula

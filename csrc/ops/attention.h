@@ -26,7 +26,8 @@ struct AttentionArgs {
   int64_t mask_strides[4];  // of B, H, T, S', in elements; 0 where it is broadcast
   const float* head_mask;   // [H], may be null
   float scale;
-  void* out;  // [B, T, H * D]
+  void* out;  // [B, T, H * D] with out_stride elements from a token to the next
+  int64_t out_stride;
 };
 
 // Rows of one tile: those numbered [first_row, first_row + num_rows) of batch row `batch` and key/value head `kv_head`.

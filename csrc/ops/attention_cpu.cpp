@@ -156,7 +156,7 @@ void write_tile(const AttentionArgs& args, const AttentionTile& tile, const Quer
     float factor = denominator == 0 ? 0.0f : 1.0f / denominator;
     if (args.head_mask) factor *= args.head_mask[place.head];
     const float* sums = query.sums + row * sum_stride(d);
-    W* out = static_cast<W*>(args.out) + ((tile.batch * args.tokens + place.token) * args.num_heads + place.head) * d;
+    W* out = static_cast<W*>(args.out) + (tile.batch * args.tokens + place.token) * args.out_stride + place.head * d;
     for (int64_t column = 0; column < d; column += Vec::kWidth) {
       const Vec value = load(sums + column) * broadcast(factor);
       if (d - column >= Vec::kWidth) {

@@ -30,6 +30,15 @@ inline void check_own_memory(const Tensor& t, const char* name) {
   }
 }
 
+// Of a tensor [B, T, width] that a kernel writes as B * T rows, one step apart.
+inline void check_token_rows(const Tensor& t, const char* name) {
+  const bool has_even_rows =
+      t.stride(2) == 1 && (t.size(0) == 1 || t.size(1) == 0 || t.stride(0) == t.size(1) * t.stride(1));
+  ALULA_CHECK(has_even_rows, name,
+              " has strides that do not make one sequence of token rows; give a contiguous tensor or "
+              "a range of the last dimension of one");
+}
+
 // int32 [B, T], contiguous on return.
 inline Tensor checked_positions(const Tensor& positions, int64_t batch, int64_t tokens) {
   check_cpu(positions, "positions");

@@ -49,10 +49,7 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
     check_shape(*mlp, "mlp", {batch, tokens, -1}, "[B, T, F]");
     check_dtype(*mlp, "mlp", weight.scalar_type(), "the weight");
     check_own_memory(*mlp, "mlp");
-    const bool has_even_rows = mlp->stride(2) == 1 && (batch == 1 || mlp->stride(0) == tokens * mlp->stride(1));
-    ALULA_CHECK(has_even_rows,
-                "mlp has strides that do not make one sequence of token rows; give a contiguous tensor or "
-                "a range of the last dimension of one");
+    check_token_rows(*mlp, "mlp");
   }
   check_activation(mlp_activation);
 

@@ -63,6 +63,10 @@ class PackedWeight(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
     def unpack(self) -> Tensor:
         """The weight as it was packed, [N, K], bit for bit."""
         return torch.ops.alula.unpack_weight(self.data, self.out_features, self.in_features)
@@ -263,6 +267,7 @@ def attention(
     causal: bool = True,
     mask: Tensor | None = None,
     head_mask: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention over the merged cache: multi-head, grouped and multi-query, prefill and decode, from one kernel.
 
@@ -274,13 +279,17 @@ def attention(
         scale: multiplies the scores, default ``D ** -0.5``.
         mask: [B or 1, H or 1, T, S'] with S' >= max(lengths); bool (True = visible) or floating point, added.
         head_mask: float32 [H], multiplies the probabilities of each head.
+        out: [B, T, H*D], written and returned; may be a range of a wider tensor's last dimension.
 
     Returns: [B, T, H*D]. Scores, softmax and sums are float32. A row with no visible key is zeros.
     Algorithm: online softmax (Milakov and Gimelshein 2018) over key tiles, as in FlashAttention (Dao et al. 2022).
     """
-    _refuse_grad(q, kv_cache, mask, head_mask)
+    _refuse_grad(q, kv_cache, mask, head_mask, out)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if out is not None:
+        torch.ops.alula.attention_into(q, kv_cache, positions, lengths, mask, head_mask, scale, causal, out)
+        return out
     return torch.ops.alula.attention(q, kv_cache, positions, lengths, mask, head_mask, scale, causal)
 
 
@@ -420,6 +429,11 @@ def _(q, k, positions, table, is_interleaved):
 def _(q, kv_cache, positions, lengths, mask, head_mask, scale, causal):
     _same_device(q=q, kv_cache=kv_cache, positions=positions, lengths=lengths, mask=mask, head_mask=head_mask)
     return q.new_empty([q.shape[0], q.shape[1], q.shape[2] * q.shape[3]])
+
+
+@torch.library.register_fake("alula::attention_into")
+def _(q, kv_cache, positions, lengths, mask, head_mask, scale, causal, out):
+    _same_device(q=q, kv_cache=kv_cache, positions=positions, lengths=lengths, mask=mask, head_mask=head_mask, out=out)
 
 
 @torch.library.register_fake("alula::scaled_masked_softmax")
