@@ -8,7 +8,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from alula.models import GPTBigCodeForCausalLM
-from gpt_bigcode_cases import hf_model
+from decoder_cases import hf_model
 from torch import Tensor
 
 SMALL = {"n_embd": 48, "n_head": 3, "n_layer": 2, "vocab_size": 61, "n_inner": 70}

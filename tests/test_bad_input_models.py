@@ -19,7 +19,7 @@ from alula.models import (
     GPTBigCodeForTokenClassification,
 )
 from checkpoint_cases import SMALL, load, reference, same, save, tensors
-from gpt_bigcode_cases import alula_model, hf_model, random_ids
+from decoder_cases import alula_model, hf_model, random_ids
 
 
 @pytest.fixture
@@ -161,10 +161,10 @@ def test_auto_classes(folder: Path) -> None:
         AutoModelForCausalLM()
     config = GPTBigCodeConfig()
     config.__class__ = type("OtherConfig", (GPTBigCodeConfig,), {"model_type": "other"})
-    with pytest.raises(ValueError, match="AutoModel has no class for model_type 'other'; accepted: gpt_bigcode"):
+    with pytest.raises(ValueError, match="no class for model_type 'other'; accepted: gpt_bigcode, gpt2, codegen"):
         AutoModel.from_config(config)
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt_neox"}))
-    with pytest.raises(ValueError, match=r"config\.json has model_type 'gpt_neox'; accepted: gpt_bigcode"):
+    with pytest.raises(ValueError, match=r"model_type 'gpt_neox'; accepted: gpt_bigcode, gpt2"):
         AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"GPTBigCodeConfig reads model_type 'gpt_bigcode', but .* 'gpt_neox'"):
         load(folder)
@@ -233,7 +233,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "encoder": (
         {"input_ids": IDS, "encoder_hidden_states": torch.zeros(2, 4, 48)},
-        "need cross-attention: not supported yet",
+        "need a model with cross-attention; the configuration has add_cross_attention=False",
     ),
     "too few logits": ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep=-1; accepted"),
     "logits out of range": ({"input_ids": IDS, "logits_to_keep": torch.tensor([3])}, r"\[3\] reaches outside the 3"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from alula.config import GPTBigCodeConfig
 from alula.models import AutoModelForCausalLM, GPTBigCodeForCausalLM, GPTBigCodeForTokenClassification
-from gpt_bigcode_cases import TOLERANCE, alula_model, hf_model, random_ids, random_values, worst
+from decoder_cases import TOLERANCE, alula_model, hf_model, random_ids, random_values, worst
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -28,7 +28,7 @@ from alula.models import (
 )
 from alula.weights import Checkpoint, parse_size, plan_shards
 from checkpoint_cases import load, reference, same, save, tensors
-from gpt_bigcode_cases import alula_model, random_ids, worst
+from decoder_cases import alula_model, random_ids, worst
 
 
 @pytest.fixture(autouse=True)

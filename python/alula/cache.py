@@ -16,9 +16,40 @@ from torch import Tensor
 
 from alula.config import PretrainedConfig
 
-__all__ = ["KVCache"]
+__all__ = ["CrossKeyValues", "KVCache"]
 
 _FIRST_CAPACITY = 64
+
+
+class CrossKeyValues:
+    """Keys and values of an encoder's states for the cross-attention of all layers. They never change after.
+
+    Attributes:
+        layers: list of L tensors [B, H, S, 2*D], key in ``[..., :D]``, value in ``[..., D:]``. Padding of the encoder
+            is left out: the tokens of a row come first.
+        lengths: int32 [B], tokens of each row.
+        real: bool [B, columns], which columns of the encoder's states were tokens; None: all of them.
+    """
+
+    def __init__(self, layers: list[Tensor], lengths: Tensor, real: Tensor | None) -> None:
+        self.layers, self.lengths, self.real = layers, lengths, real
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.layers)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the encoder's states, padding included."""
+        return self.layers[0].shape[2] if self.real is None else self.real.shape[1]
+
+    def reorder(self, indices: Tensor) -> CrossKeyValues:
+        """Row i is what row ``indices[i]`` is here."""
+        return CrossKeyValues(
+            [layer.index_select(0, indices) for layer in self.layers],
+            self.lengths.index_select(0, indices),
+            None if self.real is None else self.real.index_select(0, indices),
+        )
 
 
 class KVCache:
@@ -35,6 +66,7 @@ class KVCache:
         layers: list of L tensors [B, G, capacity, 2*D], key in ``[..., :D]``, value in ``[..., D:]``. Slots at or
             beyond a row's length are undefined.
         lengths: int32 [B], tokens stored in each row.
+        cross: keys and values of an encoder's states, kept from the first pass that was given some; else None.
     """
 
     def __init__(
@@ -58,6 +90,7 @@ class KVCache:
         self.device = torch.device(device)
         self.max_length = max_length
         self.layers: list[Tensor] = []
+        self.cross: CrossKeyValues | None = None
         self._shared_layer = _shared_layer  # one tensor serves every layer: a forward pass that keeps nothing
         self._capacity = 0
         self._columns = 0
@@ -82,7 +115,8 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the key/value tensors."""
-        return sum(t.nbytes for t in (self.layers[:1] if self._shared_layer else self.layers))
+        own = sum(t.nbytes for t in (self.layers[:1] if self._shared_layer else self.layers))
+        return own + (0 if self.cross is None else self.cross.nbytes)
 
     @property
     def has_padding(self) -> bool:
@@ -235,6 +269,7 @@ class KVCache:
     def reset(self) -> None:
         """Forgets everything and keeps the memory."""
         self.crop(0)
+        self.cross = None
 
     def reorder(self, indices: Tensor) -> None:
         """Row i becomes what row ``indices[i]`` was; ``indices`` int64 [B'], B' may differ from B (beam search)."""
@@ -248,6 +283,8 @@ class KVCache:
             self.lengths = self.lengths.index_select(0, indices)
             if self._real is not None:
                 self._real = self._real.index_select(0, indices)
+            if self.cross is not None:
+                self.cross = self.cross.reorder(indices)
 
     reorder_cache = reorder
     batch_select_indices = reorder

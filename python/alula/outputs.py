@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from alula.cache import KVCache
 
 __all__ = [
+    "BaseModelOutputWithPast",
     "BaseModelOutputWithPastAndCrossAttentions",
     "CausalLMOutputWithCrossAttentions",
+    "CausalLMOutputWithPast",
+    "GPT2DoubleHeadsModelOutput",
     "ModelOutput",
+    "QuestionAnsweringModelOutput",
     "SequenceClassifierOutputWithPast",
     "TokenClassifierOutput",
 ]
@@ -102,5 +106,50 @@ class TokenClassifierOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class BaseModelOutputWithPast(ModelOutput):
+    """``last_hidden_state`` [B, T, E]; ``hidden_states`` L + 1 of [B, T, E]; ``attentions`` L of [B, H, T, S]."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class CausalLMOutputWithPast(ModelOutput):
+    """``logits`` [B, T', V] for the T' positions asked for; ``loss`` a float32 scalar if labels were given."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class QuestionAnsweringModelOutput(ModelOutput):
+    """``start_logits`` and ``end_logits`` [B, T]."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class GPT2DoubleHeadsModelOutput(ModelOutput):
+    """``logits`` [B, C, T, V] and ``mc_logits`` [B, C] for C choices; a loss for each."""
+
+    loss: Tensor | None = None
+    mc_loss: Tensor | None = None
+    logits: Tensor | None = None
+    mc_logits: Tensor | None = None
+    past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

@@ -3,10 +3,20 @@
 from alula.models.auto import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 from alula.models.base import PreTrainedModel
+from alula.models.codegen import CodeGenForCausalLM, CodeGenModel
+from alula.models.gpt2 import (
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
+from alula.models.gpt2_double_heads import GPT2DoubleHeadsModel
 from alula.models.gpt_bigcode import (
     GPTBigCodeForCausalLM,
     GPTBigCodeForSequenceClassification,
@@ -17,8 +27,17 @@ from alula.models.gpt_bigcode import (
 __all__ = [
     "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "CodeGenForCausalLM",
+    "CodeGenModel",
+    "GPT2DoubleHeadsModel",
+    "GPT2ForQuestionAnswering",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
+    "GPT2LMHeadModel",
+    "GPT2Model",
     "GPTBigCodeForCausalLM",
     "GPTBigCodeForSequenceClassification",
     "GPTBigCodeForTokenClassification",

@@ -7,6 +7,14 @@ from typing import Any, ClassVar
 
 from alula.config import AutoConfig, PretrainedConfig
 from alula.models.base import PreTrainedModel
+from alula.models.codegen import CodeGenForCausalLM, CodeGenModel
+from alula.models.gpt2 import (
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 from alula.models.gpt_bigcode import (
     GPTBigCodeForCausalLM,
     GPTBigCodeForSequenceClassification,
@@ -14,7 +22,13 @@ from alula.models.gpt_bigcode import (
     GPTBigCodeModel,
 )
 
-__all__ = ["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
+__all__ = [
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+]
 
 
 class _AutoClass:
@@ -49,22 +63,35 @@ class _AutoClass:
 class AutoModel(_AutoClass):
     """Base models."""
 
-    classes: ClassVar = {"gpt_bigcode": GPTBigCodeModel}
+    classes: ClassVar = {"gpt_bigcode": GPTBigCodeModel, "gpt2": GPT2Model, "codegen": CodeGenModel}
 
 
 class AutoModelForCausalLM(_AutoClass):
     """Language models."""
 
-    classes: ClassVar = {"gpt_bigcode": GPTBigCodeForCausalLM}
+    classes: ClassVar = {
+        "gpt_bigcode": GPTBigCodeForCausalLM,
+        "gpt2": GPT2LMHeadModel,
+        "codegen": CodeGenForCausalLM,
+    }
+
+
+class AutoModelForQuestionAnswering(_AutoClass):
+    """Finders of answers in a text."""
+
+    classes: ClassVar = {"gpt2": GPT2ForQuestionAnswering}
 
 
 class AutoModelForSequenceClassification(_AutoClass):
     """Classifiers of whole sequences."""
 
-    classes: ClassVar = {"gpt_bigcode": GPTBigCodeForSequenceClassification}
+    classes: ClassVar = {
+        "gpt_bigcode": GPTBigCodeForSequenceClassification,
+        "gpt2": GPT2ForSequenceClassification,
+    }
 
 
 class AutoModelForTokenClassification(_AutoClass):
     """Classifiers of tokens."""
 
-    classes: ClassVar = {"gpt_bigcode": GPTBigCodeForTokenClassification}
+    classes: ClassVar = {"gpt_bigcode": GPTBigCodeForTokenClassification, "gpt2": GPT2ForTokenClassification}

@@ -100,12 +100,21 @@ class PreTrainedModel(Module):
         checkpoint = Checkpoint(path)
         dtype = dtype or check_dtype(checkpoint.dtype(), f"{path}: weights of dtype")
         model = cls(config, dtype=dtype, init_weights=False)
-        missing = load_weights(model, model.checkpoint_view(checkpoint), dtype, optional=cls.optional_weights).missing
+        source = model.checkpoint_view(checkpoint)
+        missing = load_weights(model, source, dtype, optional=model.optional_prefixes()).missing
         if missing:
             warnings.warn(f"{path} lacks {', '.join(missing)}: initialised at random", stacklevel=2)
             model.init_weights(missing)
         config.dtype = dtype
+        model.base_model._bind()
         return model
+
+    def optional_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the names that a checkpoint may lack."""
+        return self.optional_weights
+
+    def _bind(self) -> None:
+        """Brings the weights into the form that a pass reads them in; happens by itself before a pass, too."""
 
     def init_weights(self, names: list[str] | None = None) -> None:
         """Random values as Hugging Face draws them, for all weights or the named ones; torch's generator seeds them."""
@@ -189,11 +198,10 @@ class PreTrainedModel(Module):
         total = 0
         for slot in self.weight_slots().values():
             if slot.name != "weight" or isinstance(slot.module, Linear) or len(slot.shape) == 1:
-                stored = slot.module.stored(slot.name)
-                total += (stored if isinstance(stored, Tensor) else stored.data).nbytes
+                total += slot.module.stored(slot.name).nbytes
         head = self.get_output_embeddings()
         if isinstance(head, LMHead) and head.is_tied:
-            total += head.stored("weight").data.nbytes
+            total += head.stored("weight").nbytes
         return total
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
@@ -215,7 +223,7 @@ class PreTrainedModel(Module):
     def _replace_input_embeddings(self, embedding: Embedding) -> None:
         head = self.get_output_embeddings()
         if isinstance(head, LMHead) and head.is_tied:
-            self.lm_head = LMHead(embedding.embedding_dim, embedding.num_embeddings, embedding.dtype, embedding)
+            self.lm_head = self._resized_head(head, embedding.num_embeddings, True, embedding)
         self.base_model.wte = embedding
         self.config.vocab_size = embedding.num_embeddings
 
@@ -230,8 +238,12 @@ class PreTrainedModel(Module):
         table = self._as_table(value)
         if table.shape[0] != self.config.vocab_size:
             raise ValueError(f"output embeddings have {table.shape[0]} rows, the vocabulary {self.config.vocab_size}")
-        head = LMHead(table.shape[1], table.shape[0], self.dtype)
+        bias = getattr(value, "bias", None) if isinstance(value, nn.Module) else None
+        head = self.get_output_embeddings().with_vocabulary(table.shape[0])
         head.write("weight", table)
+        if "bias" in head.shapes:
+            bias = self.get_output_embeddings().read("bias") if bias is None else bias.detach().to(self.dtype)
+            head.write("bias", bias)
         self.lm_head = head
         self.config.tie_word_embeddings = False
 
@@ -262,16 +274,25 @@ class PreTrainedModel(Module):
             head = self.get_output_embeddings()
             own_head = None
             if isinstance(head, LMHead) and not head.is_tied:
-                own_head = LMHead(head.in_features, count, self.dtype)
-                own_head.write("weight", self._resized(head.read("weight"), count, mean_resizing))
+                own_head = self._resized_head(head, count, mean_resizing)
             self.set_input_embeddings(self._resized(self.get_input_embeddings().read("weight"), count, mean_resizing))
             if own_head is not None:
                 self.lm_head = own_head
         return self.get_input_embeddings()
 
+    def _resized_head(self, head: LMHead, count: int, mean_resizing: bool, tied_to: Embedding | None = None) -> LMHead:
+        resized = head.with_vocabulary(count, tied_to)
+        for name in resized.shapes:
+            resized.write(name, self._resized(head.read(name), count, mean_resizing))
+        return resized
+
     def _resized(self, table: Tensor, count: int, mean_resizing: bool) -> Tensor:
         if count <= table.shape[0]:
             return table[:count]
+        if table.dim() == 1:  # a bias
+            rest = count - table.shape[0]
+            filler = table.mean(0, dtype=torch.float32) if mean_resizing else 0.0
+            return torch.cat([table, torch.zeros(rest, dtype=table.dtype) + filler]).to(table.dtype)
         rows = table.new_empty(count - table.shape[0], table.shape[1])
         if mean_resizing:
             rows.copy_(table.mean(0, dtype=torch.float32).expand_as(rows))

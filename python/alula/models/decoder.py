@@ -6,7 +6,7 @@ Alphabet: B batch, T new tokens, S columns (past and new), H query heads, D head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +14,15 @@ from torch import Tensor
 from alula.cache import KVCache
 from alula.config import PretrainedConfig
 from alula.models.base import PreTrainedModel
-from alula.models.layers import (
-    VERSION,
-    BlockShape,
-    Embedding,
-    LayerNorm,
-    PositionTable,
-    attention_probabilities,
-    embedding_op,
-    run_blocks,
-)
+from alula.models.blocks import BlockObserver, BlockShape, attention_probabilities, embedding_op, run_blocks
+from alula.models.cross_attention import CrossAttention, make_cross_key_values
+from alula.models.inputs import InputChecks, out_of_range
+from alula.models.layers import VERSION, Embedding, LayerNorm, PositionTable
 
-__all__ = ["DecoderModel", "DecoderRun"]
+__all__ = ["DecoderModel", "DecoderPreTrainedModel", "DecoderRun", "DecoderWithHead"]
+
+
+_CROSS_PARTS = (".crossattention.", ".ln_cross_attn.")
 
 
 class DecoderRun(NamedTuple):
@@ -35,12 +32,13 @@ class DecoderRun(NamedTuple):
     cache: KVCache | None
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
+    cross_attentions: tuple[Tensor, ...] | None
 
 
 class _Bound:
     """The flat tensors of a model, and the count of weight changes at which they were taken."""
 
-    __slots__ = ("blocks", "position_table", "stamp", "table", "vocab_size")
+    __slots__ = ("blocks", "cross", "position_table", "stamp", "table", "vocab_size")
 
     def __init__(self) -> None:
         self.stamp = -1
@@ -57,15 +55,47 @@ def _see_from_padding(positions: Tensor, before: Tensor) -> tuple[Tensor, Tensor
     return visible, padding if bool((padding >= 0).any()) else None
 
 
-def _out_of_range(ids: Tensor, count: int) -> bool:
-    return int(ids.min()) < 0 or int(ids.max()) >= count
+class DecoderPreTrainedModel(PreTrainedModel):
+    """What all classes of a decoder family share. ``residual_projections``: name endings of the matrices that add into
+    the residual and start smaller."""
+
+    residual_projections: ClassVar[tuple[str, ...]] = ()
+
+    def optional_prefixes(self) -> tuple[str, ...]:
+        """Those of the class, and cross-attention: decoders get theirs on top of a checkpoint that has none."""
+        if not getattr(self.config, "add_cross_attention", False):
+            return self.optional_weights
+        cross = {
+            name[: name.index(part)] + part for name in self.weight_slots() for part in _CROSS_PARTS if part in name
+        }
+        return (*self.optional_weights, *sorted(cross))
+
+    @torch.no_grad()
+    def init_weights(self, names: list[str] | None = None) -> None:
+        """Normal values of ``initializer_range`` for matrices (over sqrt(2 L) for the residual projections), ones and
+        zeros for layer norms, zeros for biases."""
+        config = self.config
+        slots = self.weight_slots()
+        for name in slots if names is None else names:
+            slot = slots[name]
+            value = torch.zeros(slot.shape, dtype=slot.dtype)
+            if isinstance(slot.module, LayerNorm):
+                value += slot.name == "weight"
+            elif slot.name == "weight":
+                std = config.initializer_range
+                is_residual = name.endswith(self.residual_projections)
+                value.normal_(std=std / (2 * config.n_layer) ** 0.5 if is_residual else std)
+            slot.write(value)
+
+    def _wants(self, name: str, value: bool | None) -> bool:
+        return bool(getattr(self.config, name) if value is None else value)
 
 
-class DecoderModel(PreTrainedModel):
-    """A stack of pre-layer-norm blocks with learned positions.
+class DecoderModel(InputChecks, DecoderPreTrainedModel):
+    """A stack of blocks.
 
-    Subclasses make ``wte``, ``wpe``, ``h`` (blocks with ``bind() -> BlockWeights``) and ``ln_f``, and say
-    :meth:`block_shape`.
+    Subclasses make ``wte``, ``wpe`` (where positions are learned), ``h`` (blocks with ``bind()``, and with
+    ``bind_cross()`` where they have cross-attention) and ``ln_f``, and say :meth:`block_shape`.
     """
 
     wte: Embedding
@@ -82,13 +112,46 @@ class DecoderModel(PreTrainedModel):
         """The sizes of the blocks, from the configuration."""
         raise TypeError(f"{type(self).__name__} does not say how large its blocks are")
 
+    def _run_blocks(
+        self,
+        x: Tensor,
+        cache: KVCache,
+        positions: Tensor,
+        lengths: Tensor,
+        padding_positions: Tensor | None,
+        mask: Tensor | None,
+        head_masks: Sequence[Tensor] | None,
+        causal: bool,
+        observe: BlockObserver | None,
+        cross: CrossAttention | None,
+        position_ids: Tensor,
+    ) -> Tensor:
+        """All blocks, as :func:`alula.models.blocks.run_blocks`; position_ids: int64 [B or 1, T]."""
+        return run_blocks(
+            self._bound.blocks,
+            self._shape,
+            x,
+            cache.layers,
+            positions,
+            lengths,
+            padding_positions,
+            mask,
+            head_masks,
+            causal,
+            observe,
+            cross,
+        )
+
     def _bind(self) -> _Bound:
         bound = self._bound
         if bound.stamp != VERSION.count:
             bound.blocks = [block.bind() for block in self.h]
             bound.table = self.wte.stored("weight").data
             bound.vocab_size = self.wte.num_embeddings
-            bound.position_table = self.wpe.stored("weight")
+            learned = getattr(self, "wpe", None)
+            bound.position_table = None if learned is None else learned.stored("weight")
+            has_cross = getattr(self.config, "add_cross_attention", False)
+            bound.cross = [block.bind_cross() for block in self.h] if has_cross else None
             bound.stamp = VERSION.count
         return bound
 
@@ -108,10 +171,12 @@ class DecoderModel(PreTrainedModel):
         use_cache: bool | None,
         output_attentions: bool | None,
         output_hidden_states: bool | None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
     ) -> DecoderRun:
         """One pass through all blocks. Raises ValueError for inputs that do not fit, before the cache changes; should
         anything fail later, the cache is put back to where it was."""
-        self.check_inference(inputs_embeds)
+        self.check_inference(inputs_embeds, encoder_hidden_states)
         bound = self._bind()
         config, shape = self.config, self._shape
         if (input_ids is None) == (inputs_embeds is None):
@@ -120,7 +185,7 @@ class DecoderModel(PreTrainedModel):
             input_ids = self._check_ids("input_ids", input_ids)
             batch, tokens = input_ids.shape
         else:
-            batch, tokens = self._check_embeds(inputs_embeds)
+            batch, tokens = self._check_embeds("inputs_embeds", inputs_embeds)
 
         cache = past_key_values
         if cache is None:
@@ -152,6 +217,11 @@ class DecoderModel(PreTrainedModel):
                 mask = self._full_mask(attention_mask, batch, tokens, past + tokens, cache)
         head_masks = None if head_mask is None else self._head_masks(head_mask)
         causal = mask is None
+        has_encoder = encoder_hidden_states is not None or encoder_attention_mask is not None or cache.cross is not None
+        if has_encoder:
+            encoder_real, encoder_mask = self._check_encoder(
+                cache, batch, tokens, encoder_hidden_states, encoder_attention_mask
+            )
 
         try:
             if inputs_embeds is None:
@@ -160,7 +230,7 @@ class DecoderModel(PreTrainedModel):
                     bound.table,
                     bound.vocab_size,
                     shape.width,
-                    position_ids,
+                    position_ids if bound.position_table is not None else None,
                     bound.position_table,
                     token_type_ids,
                 )
@@ -168,14 +238,15 @@ class DecoderModel(PreTrainedModel):
                 x = self._add_embeddings(inputs_embeds, position_ids, token_type_ids)
         except RuntimeError as error:
             ids = ((input_ids, bound.vocab_size), (token_type_ids, bound.vocab_size), (position_ids, limit))
-            if any(given is not None and _out_of_range(given, count) for given, count in ids):
+            if any(given is not None and out_of_range(given, count) for given, count in ids):
                 raise ValueError(str(error)) from None
             raise
 
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         attentions: list[Tensor] | None = [] if output_attentions else None
-        observe = None
-        before = cache.lengths
+        cross_attentions: list[Tensor] | None = [] if output_attentions and has_encoder else None
+        observe = cross = None
+        before, kept_cross = cache.lengths, cache.cross
         positions, lengths = cache.prepare(tokens, padding)
         visible, padding_positions = positions, None
         if padding is not None and tokens > 1:  # alone, a padding token is the end of a row: nobody reads its output
@@ -192,7 +263,7 @@ class DecoderModel(PreTrainedModel):
                             cache.layers[layer],
                             visible,
                             lengths,
-                            scale=shape.scale,
+                            scale=shape.scales[layer],
                             causal=causal,
                             mask=mask,
                             head_mask=None if head_masks is None else head_masks[layer],
@@ -201,11 +272,21 @@ class DecoderModel(PreTrainedModel):
                     )
 
         try:
-            x = run_blocks(
-                bound.blocks,
-                shape,
+            if has_encoder:
+                if cache.cross is None:
+                    cache.cross = make_cross_key_values(bound.cross, shape, encoder_hidden_states, encoder_real)
+                cross = CrossAttention(
+                    bound.cross,
+                    shape,
+                    cache.cross,
+                    positions if padding is not None and tokens > 1 else torch.zeros_like(positions),
+                    encoder_mask,
+                    head_masks,
+                    cross_attentions,
+                )
+            x = self._run_blocks(
                 x,
-                cache.layers,
+                cache,
                 positions,
                 lengths,
                 padding_positions,
@@ -213,101 +294,61 @@ class DecoderModel(PreTrainedModel):
                 head_masks,
                 causal,
                 observe,
+                cross,
+                position_ids,
             )
-        except BaseException:
+        except BaseException as error:
             cache.crop(past)
+            cache.cross = kept_cross
+            if isinstance(error, RuntimeError) and out_of_range(position_ids, limit):
+                raise self._position_error(position_ids) from None
             raise
         return DecoderRun(
             x,
             cache if keep else None,
             None if hidden_states is None else tuple(hidden_states),
             None if attentions is None else tuple(attentions),
+            None if cross_attentions is None else tuple(cross_attentions),
         )
 
-    # --- checks ---------------------------------------------------------------------------------------------
-
-    def _check_device(self, name: str, tensor: Tensor) -> None:
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}, the model on {self.device}")
-
-    def _check_ids(self, name: str, ids: Tensor) -> Tensor:
-        if ids.dim() != 2 or not ids.numel():
-            raise ValueError(f"{name} has shape {list(ids.shape)}; accepted: [batch, tokens], at least one of each")
-        self._check_device(name, ids)
-        if ids.dtype is torch.int64:
-            return ids
-        if ids.dtype is torch.int32:
-            return ids.long()
-        raise ValueError(f"{name} has dtype {ids.dtype}; accepted: int64, int32")
-
-    def _check_embeds(self, embeds: Tensor) -> tuple[int, int]:
-        if embeds.dim() != 3 or not embeds.numel() or embeds.shape[2] != self._shape.width:
-            raise ValueError(
-                f"inputs_embeds has shape {list(embeds.shape)}; accepted: [batch, tokens, {self._shape.width}]"
-            )
-        if embeds.dtype != self.dtype:
-            raise ValueError(f"inputs_embeds has dtype {embeds.dtype}; accepted: the model's, {self.dtype}")
-        self._check_device("inputs_embeds", embeds)
-        return embeds.shape[0], embeds.shape[1]
-
-    def _check_cache(self, cache: KVCache, batch: int) -> int:
-        if not isinstance(cache, KVCache):
-            raise TypeError(f"past_key_values is a {type(cache).__name__}; accepted: alula.cache.KVCache or None")
-        shape = self._shape
-        have = (cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.dtype)
-        need = (len(self._bound.blocks), shape.num_kv_heads, shape.head_dim, self.dtype)
-        if have != need:
-            raise ValueError(
-                f"past_key_values is of another model: (layers, key/value heads, head size, dtype) = {have}; "
-                f"accepted: {need}"
-            )
-        if cache.batch_size != batch:
-            raise ValueError(f"past_key_values has a batch of {cache.batch_size}, the input one of {batch}")
-        return cache.get_seq_length()
-
-    def _check_broadcast(self, name: str, ids: Tensor, batch: int, tokens: int) -> Tensor:
-        if ids.dim() == 1:
-            ids = ids.unsqueeze(0)
-        if ids.dim() != 2 or ids.shape[1] != tokens or ids.shape[0] not in (1, batch):
-            raise ValueError(f"{name} has shape {list(ids.shape)}; accepted: [{batch}, {tokens}] or [1, {tokens}]")
-        return self._check_ids(name, ids)
-
-    def _full_mask(self, mask: Tensor, batch: int, tokens: int, columns: int, cache: KVCache) -> Tensor:
-        """A mask [B, T, S] or [B or 1, H or 1, T, S] as the attention takes it. It stands alone: no causal limit is
-        added to it, so that trees and prefixes can be expressed."""
-        given = list(mask.shape)
-        full = mask.unsqueeze(1) if mask.dim() == 3 else mask
-        heads = self._shape.num_heads
-        fits = full.dim() == 4 and full.shape[0] in (1, batch) and full.shape[1] in (1, heads)
-        if not fits or list(full.shape[2:]) != [tokens, columns]:
-            raise ValueError(
-                f"attention_mask has shape {given}; accepted: [{batch}, {tokens}] or [{batch}, {columns}] (1 = token, "
-                f"0 = padding), [{batch}, {tokens}, {columns}], [{batch}|1, {heads}|1, {tokens}, {columns}]"
-            )
-        if full.dtype != torch.bool and not full.dtype.is_floating_point:
-            raise ValueError(
-                f"attention_mask of {mask.dim()} dimensions has dtype {mask.dtype}; accepted: bool (True = visible) or "
-                "floating point (added to the scores)"
-            )
-        if cache.has_padding:
-            raise ValueError("a 3-D or 4-D attention_mask cannot follow padding that past_key_values left out")
-        return full.float() if full.dtype == torch.float64 else full
-
-    def _head_masks(self, head_mask: Tensor) -> Sequence[Tensor]:
-        layers, heads = len(self._bound.blocks), self._shape.num_heads
-        if list(head_mask.shape) not in ([heads], [layers, heads]):
-            raise ValueError(f"head_mask has shape {list(head_mask.shape)}; accepted: [{heads}] or [{layers}, {heads}]")
-        self._check_device("head_mask", head_mask)
-        head_mask = head_mask.to(torch.float32).contiguous()
-        return [head_mask] * layers if head_mask.dim() == 1 else list(head_mask)
+    def _position_error(self, position_ids: Tensor) -> ValueError:
+        limit = self._positions.shape[1]
+        wrong = position_ids[(position_ids < 0) | (position_ids >= limit)]
+        return ValueError(f"position_ids holds {int(wrong[0])}; accepted: 0 to {limit - 1}")
 
     def _add_embeddings(self, embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """inputs_embeds with positions (and token types) added in float32 and rounded once."""
-        limit = self._positions.shape[1]
-        if _out_of_range(position_ids, limit):
-            wrong = position_ids[(position_ids < 0) | (position_ids >= limit)]
-            raise ValueError(f"position_ids holds {int(wrong[0])}; accepted: 0 to {limit - 1}")
-        x = embeds.float() + self._bound.position_table[position_ids].float()
+        if out_of_range(position_ids, self._positions.shape[1]):
+            raise self._position_error(position_ids)
+        table = self._bound.position_table
+        if table is None and token_type_ids is None:
+            return embeds
+        x = embeds.float()
+        if table is not None:
+            x = x + table[position_ids].float()
         if token_type_ids is not None:
-            x += self.wte(token_type_ids).float()
+            x = x + self.wte(token_type_ids).float()
         return x.to(self.dtype)
+
+
+class DecoderWithHead(DecoderPreTrainedModel):
+    """A head on a decoder of ``model_class``, named ``transformer``."""
+
+    model_class: ClassVar[type[DecoderModel]]
+    transformer: DecoderModel
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype | None) -> None:
+        super().__init__(config)
+        self.transformer = self.model_class(config, dtype=dtype, init_weights=False)
+
+    def _run(self, *inputs: Any, output_attentions: bool | None, output_hidden_states: bool | None) -> DecoderRun:
+        """:meth:`DecoderModel.run` on the inputs up to use_cache, and encoder states after; hidden states complete."""
+        run = self.transformer.run(
+            *inputs[:8],
+            self._wants("output_attentions", output_attentions),
+            self._wants("output_hidden_states", output_hidden_states),
+            *inputs[8:],
+        )
+        if run.hidden_states is None:
+            return run
+        return run._replace(hidden_states=(*run.hidden_states, self.transformer.ln_f(run.hidden)))

@@ -9,16 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alula.models.layers import Embedding, Linear, linear_op
+from alula.models.blocks import linear_op
+from alula.models.layers import Embedding, Linear
 from alula.ops import PackedWeight
 
 __all__ = [
     "LMHead",
     "causal_lm_loss",
+    "choice_loss",
     "last_token_indices",
     "normed_linear",
     "select_positions",
     "sequence_classification_loss",
+    "span_loss",
     "token_classification_loss",
 ]
 
@@ -26,20 +29,28 @@ IGNORE_INDEX = -100
 
 
 class LMHead(Linear):
-    """Output projection [V, E] without bias. Tied, it owns nothing and reads the embedding's packed table."""
+    """Output projection [V, E]. Tied, it owns no weight and reads the embedding's packed table."""
 
-    def __init__(self, width: int, vocab_size: int, dtype: torch.dtype, tied_to: Embedding | None = None) -> None:
-        super().__init__(width, vocab_size, dtype, bias=False)
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        tied_to: Embedding | None = None,
+        *,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(width, vocab_size, dtype, bias=bias)
         self._source = () if tied_to is None else (tied_to,)  # in a tuple: not a submodule of ours
         if tied_to is not None:
-            self.shapes = {}
+            del self.shapes["weight"]
 
     @property
     def is_tied(self) -> bool:
         return bool(self._source)
 
     def stored(self, name: str) -> PackedWeight:
-        return self._source[0].stored(name) if self._source else super().stored(name)
+        return self._source[0].stored(name) if self._source and name == "weight" else super().stored(name)
 
     def __getattr__(self, name: str):
         if name == "weight" and self.__dict__.get("_source"):
@@ -55,10 +66,13 @@ class LMHead(Linear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        if not self._source:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+        unexpected: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
+        unexpected_keys += [name for name in unexpected if not (self._source and name == f"{prefix}weight")]
+
+    def with_vocabulary(self, size: int, tied_to: Embedding | None = None) -> LMHead:
+        """A head like this one for ``size`` tokens, without values."""
+        return LMHead(self.in_features, size, self.dtype, tied_to, bias="bias" in self.shapes)
 
 
 def normed_linear(x: Tensor, norm: tuple[Tensor, Tensor, float], layer: Linear) -> Tensor:
@@ -184,3 +198,20 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, problem_type: s
 def token_classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of [B, T, num_labels] with int64 [B, T]; -100 is left out."""
     return _cross_entropy(logits.flatten(0, 1), _check_labels(labels, list(logits.shape[:2])).flatten())
+
+
+def span_loss(start: Tensor, end: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+    """Mean of the cross-entropies of the first and the last token. Logits [B, T], positions int64 [B] or [B, 1];
+    negative ones count as 0, ones beyond T are left out."""
+    batch, tokens = start.shape
+    losses = []
+    for logits, positions in ((start, start_positions), (end, end_positions)):
+        positions = _check_labels(positions.squeeze(-1) if positions.dim() > 1 else positions, [batch])
+        losses.append(F.cross_entropy(logits.float(), positions.clamp(0, tokens), ignore_index=tokens))
+    return (losses[0] + losses[1]) / 2
+
+
+def choice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the scores of choices [..., C] with int64 labels, one for each row of scores."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    return _cross_entropy(rows, _check_labels(labels.reshape(-1), [rows.shape[0]]))

@@ -1,9 +1,9 @@
-"""The pieces models are made of, and the loop that runs a stack of decoder blocks.
+"""The pieces models are made of: modules that own the tensors of a checkpoint.
 
 A weight is stored the way the kernels read it (matrices packed, multi-head QKV rows regrouped) and is seen the way
 its checkpoint has it: ``layer.weight`` and ``state_dict()`` give copies in the checkpoint's layout, bit for bit;
 assignment and ``load_state_dict`` write. The module tree carries Hugging Face's names; the hot path does not walk it,
-but runs over a flat list of tensors taken from it (:func:`run_blocks`).
+but runs over a flat list of tensors taken from it (models/blocks.py).
 
 Alphabet: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head size, E model width, F MLP
 width, V vocabulary, P positions, N output features, K input features.
@@ -22,14 +22,23 @@ from alula import ops
 from alula.ops import PackedWeight
 from alula.weights import check_dtype
 
-__all__ = ["QKV", "Embedding", "LayerNorm", "Linear", "Module", "ModuleList", "PositionTable", "WeightSlot"]
+__all__ = ["QKV", "Conv1D", "Embedding", "LayerNorm", "Linear", "Module", "ModuleList", "PositionTable", "WeightSlot"]
 
-# Bound once: attribute look-ups on torch.ops cost more than the calls' own overhead.
-embedding_op = torch.ops.alula.embedding.default
-linear_op = torch.ops.alula.linear.default
-qkv_op = torch.ops.alula.qkv_projection.default
-attention_op = torch.ops.alula.attention.default
-layer_norm_op = torch.ops.alula.layer_norm.default
+
+class PackedPart(NamedTuple):
+    """A weight that is a range of rows or of columns of a merged one, see :func:`merge_rows`."""
+
+    merged: PackedWeight
+    dim: int  # 0 rows, 1 columns
+    first: int
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.merged.nbytes * self.count // self.merged[1 + self.dim]
+
+    def unpack(self) -> Tensor:
+        return self.merged.unpack().narrow(self.dim, self.first, self.count).contiguous()
 
 
 class _Version:
@@ -130,9 +139,9 @@ class WeightModule(Module):
         self.shapes = shapes
         self.dtype = dtype
         self._packed_names = packed
-        self._data: dict[str, Tensor | PackedWeight] = {}
+        self._data: dict[str, Tensor | PackedWeight | PackedPart] = {}
 
-    def stored(self, name: str) -> Tensor | PackedWeight:
+    def stored(self, name: str) -> Tensor | PackedWeight | PackedPart:
         """The tensor as the kernels read it. RuntimeError if it was never loaded."""
         try:
             return self._data[name]
@@ -142,7 +151,7 @@ class WeightModule(Module):
     def read(self, name: str) -> Tensor:
         """A copy in the checkpoint's layout."""
         stored = self.stored(name)
-        return self._to_checkpoint(stored.unpack() if isinstance(stored, PackedWeight) else stored.clone())
+        return self._to_checkpoint(stored.clone() if isinstance(stored, Tensor) else stored.unpack())
 
     def frozen(self, name: str) -> Tensor:
         """As :meth:`read`, but PyTorch refuses to change it in place or to track its gradient."""
@@ -265,7 +274,51 @@ class Linear(WeightModule):
         return self.stored("bias") if "bias" in self.shapes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.stored("weight"), self.stored_bias())
+        weight = self.stored("weight")
+        if isinstance(weight, PackedPart):
+            weight = ops.pack(weight.unpack())
+        return ops.linear(x, weight, self.stored_bias())
+
+
+def merge_rows(*layers: Linear) -> PackedWeight:
+    """The weights [N, K] of layers with one K as one [sum of N, K]; each then owns its range of it."""
+    return _merge(0, layers)
+
+
+def merge_columns(*layers: Linear) -> PackedWeight:
+    """The weights [N, K] of layers with one N as one [N, sum of K]; each then owns its range of it."""
+    return _merge(1, layers)
+
+
+def _merge(dim: int, layers: Sequence[Linear]) -> PackedWeight:
+    parts = [layer.stored("weight") for layer in layers]
+    sizes = [(layer.out_features, layer.in_features)[dim] for layer in layers]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    if all(isinstance(part, PackedPart) for part in parts):
+        merged = parts[0].merged
+        ranges = [(dim, start, size) for start, size in zip(starts, sizes, strict=True)]
+        is_whole = merged[1 + dim] == sum(sizes) and [part[1:] for part in parts] == ranges
+        if is_whole and all(part.merged.data is merged.data for part in parts):
+            return merged
+    with torch.inference_mode(False), torch.no_grad():
+        merged = ops.pack(torch.cat([part.unpack() for part in parts], dim))
+    for layer, start, size in zip(layers, starts, sizes, strict=True):
+        layer._data["weight"] = PackedPart(merged, dim, start, size)
+    return merged
+
+
+class Conv1D(Linear):
+    """A :class:`Linear` whose checkpoint has the weight as (in, out), as GPT-2's has."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, dtype)
+        self.shapes["weight"] = (in_features, out_features)
+
+    def _from_checkpoint(self, value: Tensor) -> Tensor:
+        return value.T if value.dim() == 2 else value
+
+    def _to_checkpoint(self, value: Tensor) -> Tensor:
+        return value.T.contiguous() if value.dim() == 2 else value
 
 
 class QKV(Linear):
@@ -290,135 +343,3 @@ class QKV(Linear):
         if not self.interleaved:
             return value
         return value.unflatten(0, (3, self.num_heads, self.head_dim)).transpose(0, 1).flatten(0, 2)
-
-
-# --- the decoder loop -----------------------------------------------------------------------------------
-
-
-class BlockShape(NamedTuple):
-    """What all blocks of a stack have in common."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    width: int
-    mlp_width: int
-    scale: float
-    norm_eps: float
-    activation: int
-
-
-class BlockWeights(NamedTuple):
-    """The tensors of one pre-layer-norm block, in the order :func:`run_blocks` takes them."""
-
-    norm1_weight: Tensor  # [E]
-    norm1_bias: Tensor
-    qkv_weight: Tensor  # packed [(H + 2 G) D, E]
-    qkv_bias: Tensor
-    out_weight: Tensor  # packed [E, H D]
-    out_bias: Tensor
-    norm2_weight: Tensor  # [E]
-    norm2_bias: Tensor
-    fc_weight: Tensor  # packed [F, E]
-    fc_bias: Tensor
-    proj_weight: Tensor  # packed [E, F]
-    proj_bias: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self)
-
-
-def bind_block(norm1: LayerNorm, qkv: QKV, out: Linear, norm2: LayerNorm, fc: Linear, proj: Linear) -> BlockWeights:
-    """The stored tensors of a block's modules."""
-    tensors: list[Tensor] = []
-    for module in (norm1, qkv, out, norm2, fc, proj):
-        weight = module.stored("weight")
-        tensors += [weight.data if isinstance(weight, PackedWeight) else weight, module.stored("bias")]
-    return BlockWeights(*tensors)
-
-
-# Called in every block with (layer index, block input [B, T, E], query [B, T, H, D]).
-BlockObserver = Callable[[int, Tensor, Tensor], None]
-
-
-def run_blocks(
-    blocks: Sequence[BlockWeights],
-    shape: BlockShape,
-    x: Tensor,
-    kv_layers: Sequence[Tensor],
-    positions: Tensor,
-    lengths: Tensor,
-    padding_positions: Tensor | None = None,
-    mask: Tensor | None = None,
-    head_masks: Sequence[Tensor] | None = None,
-    causal: bool = True,
-    observe: BlockObserver | None = None,
-) -> Tensor:
-    """Runs pre-layer-norm blocks, five calls each: QKV (normed), attention, output (+ residual), MLP in (normed,
-    activated), MLP out (+ residual).
-
-    Args:
-        x: [B, T, E]. kv_layers: per block [B, G, S, 2*D], written. positions, lengths: int32 [B, T], [B].
-        padding_positions: int32 [B, T], the last slot that each padding query sees, negative for tokens. These queries
-            have a call of their own, so that tokens give the same bits whatever padding follows them.
-        mask: as :func:`alula.ops.attention` takes it. head_masks: per block float32 [H].
-        observe: called in every block with its index, its input and its query [B, T, H, D], once keys are written.
-
-    Returns: [B, T, E], not normed.
-    """
-    heads, kv_heads, head_dim, width, mlp_width, scale, eps, activation = shape
-    for layer, (n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc_w, fc_b, proj_w, proj_b) in enumerate(blocks):
-        kv = kv_layers[layer]
-        q = qkv_op(x, qkv_w, qkv_b, n1w, n1b, eps, heads, kv_heads, head_dim, kv, positions)
-        if observe is not None:
-            observe(layer, x, q)
-        head_mask = None if head_masks is None else head_masks[layer]
-        y = attention_op(q, kv, positions, lengths, mask, head_mask, scale, causal)
-        if padding_positions is not None:
-            y += attention_op(q, kv, padding_positions, lengths, mask, head_mask, scale, causal)
-        x = linear_op(y, out_w, width, out_b, None, None, eps, 0, x)
-        y = linear_op(x, fc_w, mlp_width, fc_b, n2w, n2b, eps, activation, None)
-        x = linear_op(y, proj_w, width, proj_b, None, None, eps, 0, x)
-    return x
-
-
-def attention_probabilities(
-    q: Tensor,
-    kv: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    mask: Tensor | None = None,
-    head_mask: Tensor | None = None,
-    real_columns: Tensor | None = None,
-) -> Tensor:
-    """The probabilities :func:`alula.ops.attention` uses and does not keep, [B, H, T, columns], in q's dtype.
-
-    ``real_columns`` (bool [B, columns]) spreads the slots of a padded cache over the
-    columns of the batch; padding columns get zeros.
-    """
-    batch, tokens, heads, head_dim = q.shape
-    kv_heads, longest = kv.shape[1], int(lengths.max())
-    keys = kv[:, :, :longest, :head_dim].float()
-    grouped = q.float().unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)  # [B, G, H/G, T, D]
-    scores = torch.matmul(grouped, keys.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale  # [B, H, T, S]
-    slots = torch.arange(longest, device=q.device)
-    visible = (slots < lengths.view(-1, 1, 1)) & (positions >= 0).unsqueeze(2)
-    if causal:
-        visible = visible & (slots <= positions.unsqueeze(2))
-    visible = visible.unsqueeze(1)
-    if mask is not None and mask.dtype == torch.bool:
-        visible = visible & mask[..., :longest]
-    elif mask is not None:
-        scores = scores + mask[..., :longest].float()
-    probabilities = ops.scaled_masked_softmax(scores, visible)
-    if head_mask is not None:
-        probabilities = probabilities * head_mask.view(-1, 1, 1)
-    if real_columns is not None:
-        slot_of = (real_columns.cumsum(1) - 1).clamp_(min=0).view(batch, 1, 1, -1)
-        probabilities = probabilities.gather(3, slot_of.expand(-1, heads, tokens, -1))
-        probabilities = probabilities * real_columns.view(batch, 1, 1, -1)
-    return probabilities.to(q.dtype)

@@ -1,0 +1,249 @@
+"""The loops that run a stack of decoder blocks over flat lists of tensors, and the tensors they take.
+
+Two kinds of blocks: sequential ones (GPTBigCode, GPT-2: five calls a layer) and parallel ones (CodeGen: three).
+
+Alphabet: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head size, E model width, F MLP
+width, P positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alula import ops
+from alula.models.layers import LayerNorm, Linear, merge_columns, merge_rows
+from alula.ops import PackedWeight
+
+__all__ = [
+    "BlockShape",
+    "BlockWeights",
+    "ParallelBlockWeights",
+    "attention_probabilities",
+    "bind",
+    "bind_parallel_block",
+    "run_blocks",
+    "run_parallel_blocks",
+]
+
+# Bound once: attribute look-ups on torch.ops cost more than the calls' own overhead.
+embedding_op = torch.ops.alula.embedding.default
+linear_op = torch.ops.alula.linear.default
+qkv_op = torch.ops.alula.qkv_projection.default
+attention_op = torch.ops.alula.attention.default
+attention_into_op = torch.ops.alula.attention_into.default
+
+
+class BlockShape(NamedTuple):
+    """What all blocks of a stack have in common, and what their scores are multiplied with."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    width: int
+    mlp_width: int
+    scales: tuple[float, ...]  # a block
+    norm_eps: float
+    activation: int
+
+
+class BlockWeights(NamedTuple):
+    """The tensors of one pre-layer-norm block, in the order :func:`run_blocks` takes them."""
+
+    norm1_weight: Tensor  # [E]
+    norm1_bias: Tensor
+    qkv_weight: Tensor  # packed [(H + 2 G) D, E]
+    qkv_bias: Tensor
+    out_weight: Tensor  # packed [E, H D]
+    out_bias: Tensor
+    norm2_weight: Tensor  # [E]
+    norm2_bias: Tensor
+    fc_weight: Tensor  # packed [F, E]
+    fc_bias: Tensor
+    proj_weight: Tensor  # packed [E, F]
+    proj_bias: Tensor
+
+
+class ParallelBlockWeights(NamedTuple):
+    """The tensors of one parallel block, in the order :func:`run_parallel_blocks` takes them."""
+
+    norm_weight: Tensor  # [E]
+    norm_bias: Tensor
+    in_weight: Tensor  # packed [3 E + F, E]: q, k, v, MLP in
+    in_bias: Tensor
+    out_weight: Tensor  # packed [E, E + F]: attention output beside MLP out
+    out_bias: Tensor
+
+
+def bind(*modules: LayerNorm | Linear) -> list[Tensor]:
+    """The stored weight and bias of each module in turn."""
+    tensors: list[Tensor] = []
+    for module in modules:
+        weight = module.stored("weight")
+        tensors += [weight.data if isinstance(weight, PackedWeight) else weight, module.stored("bias")]
+    return tensors
+
+
+def bind_parallel_block(
+    norm: LayerNorm, qkv: Linear, fc_in: Linear, out: Linear, fc_out: Linear
+) -> ParallelBlockWeights:
+    """The tensors of a block whose attention and MLP read one normed input and add into one residual.
+
+    Its four matrices become two, each in place of its parts. ``qkv`` and ``out`` may lack a bias.
+    """
+    merged_in, merged_out = merge_rows(qkv, fc_in), merge_columns(out, fc_out)
+    in_bias = torch.cat([_bias(qkv), _bias(fc_in)])
+    return ParallelBlockWeights(*bind(norm), merged_in.data, in_bias, merged_out.data, _bias(out) + _bias(fc_out))
+
+
+def _bias(layer: Linear) -> Tensor:
+    bias = layer.stored_bias()
+    return torch.zeros(layer.out_features, dtype=layer.dtype) if bias is None else bias
+
+
+# Called in every block with (layer index, block input [B, T, E], query [B, T, H, D]).
+BlockObserver = Callable[[int, Tensor, Tensor], None]
+
+
+def run_blocks(
+    blocks: Sequence[BlockWeights],
+    shape: BlockShape,
+    x: Tensor,
+    kv_layers: Sequence[Tensor],
+    positions: Tensor,
+    lengths: Tensor,
+    padding_positions: Tensor | None = None,
+    mask: Tensor | None = None,
+    head_masks: Sequence[Tensor] | None = None,
+    causal: bool = True,
+    observe: BlockObserver | None = None,
+    cross: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Runs pre-layer-norm blocks, five calls each: QKV (normed), attention, output (+ residual), MLP in (normed,
+    activated), MLP out (+ residual).
+
+    Args:
+        x: [B, T, E]. kv_layers: per block [B, G, S, 2*D], written. positions, lengths: int32 [B, T], [B].
+        padding_positions: int32 [B, T], the last slot that each padding query sees, negative for tokens. These queries
+            have a call of their own, so that tokens give the same bits whatever padding follows them.
+        mask: as :func:`alula.ops.attention` takes it. head_masks: per block float32 [H].
+        observe: called in every block with its index, its input and its query [B, T, H, D], once keys are written.
+        cross: called between attention and MLP with the block's index and [B, T, E]; gives back the sum of that and of
+            its own attention.
+
+    Returns: [B, T, E], not normed.
+    """
+    heads, kv_heads, head_dim, width, mlp_width, scales, eps, activation = shape
+    for layer, (n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc_w, fc_b, proj_w, proj_b) in enumerate(blocks):
+        kv = kv_layers[layer]
+        q = qkv_op(x, qkv_w, qkv_b, n1w, n1b, eps, heads, kv_heads, head_dim, kv, positions)
+        if observe is not None:
+            observe(layer, x, q)
+        head_mask = None if head_masks is None else head_masks[layer]
+        y = attention_op(q, kv, positions, lengths, mask, head_mask, scales[layer], causal)
+        if padding_positions is not None:
+            y += attention_op(q, kv, padding_positions, lengths, mask, head_mask, scales[layer], causal)
+        x = linear_op(y, out_w, width, out_b, None, None, eps, 0, x)
+        if cross is not None:
+            x = cross(layer, x)
+        y = linear_op(x, fc_w, mlp_width, fc_b, n2w, n2b, eps, activation, None)
+        x = linear_op(y, proj_w, width, proj_b, None, None, eps, 0, x)
+    return x
+
+
+def run_parallel_blocks(
+    blocks: Sequence[ParallelBlockWeights],
+    shape: BlockShape,
+    x: Tensor,
+    kv_layers: Sequence[Tensor],
+    positions: Tensor,
+    lengths: Tensor,
+    padding_positions: Tensor | None,
+    mask: Tensor | None,
+    head_masks: Sequence[Tensor] | None,
+    causal: bool,
+    observe: BlockObserver | None,
+    rotary_table: Tensor,
+    rotary_positions: Tensor,
+) -> Tensor:
+    """Runs parallel blocks ``x + attention(norm(x)) + mlp(norm(x))``, three calls each: QKV and MLP in as one product
+    (normed, turned, activated), attention, attention output and MLP out as one product (+ residual).
+
+    Attention and MLP in write side by side into one [B, T, E + F], which the last product reads.
+
+    Args: as :func:`run_blocks`; rotary_table: float32 [P, rotary_dim]; rotary_positions: int32 [B, T], its rows.
+    """
+    heads, kv_heads, head_dim, width, mlp_width, scales, eps, activation = shape
+    inner = x.new_empty(x.shape[0], x.shape[1], width + mlp_width)
+    attended, mlp = inner[..., :width], inner[..., width:]
+    for layer, (nw, nb, in_w, in_b, out_w, out_b) in enumerate(blocks):
+        kv = kv_layers[layer]
+        q = qkv_op(
+            x,
+            in_w,
+            in_b,
+            nw,
+            nb,
+            eps,
+            heads,
+            kv_heads,
+            head_dim,
+            kv,
+            positions,
+            rotary_table,
+            rotary_positions,
+            mlp,
+            activation,
+        )
+        if observe is not None:
+            observe(layer, x, q)
+        head_mask = None if head_masks is None else head_masks[layer]
+        attention_into_op(q, kv, positions, lengths, mask, head_mask, scales[layer], causal, attended)
+        if padding_positions is not None:
+            attended += attention_op(q, kv, padding_positions, lengths, mask, head_mask, scales[layer], causal)
+        x = linear_op(inner, out_w, width, out_b, None, None, eps, 0, x)
+    return x
+
+
+def attention_probabilities(
+    q: Tensor,
+    kv: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    real_columns: Tensor | None = None,
+) -> Tensor:
+    """The probabilities :func:`alula.ops.attention` uses and does not keep, [B, H, T, columns], in q's dtype.
+
+    ``real_columns`` (bool [B, columns]) spreads the slots of a padded cache over the
+    columns of the batch; padding columns get zeros.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads, longest = kv.shape[1], max(1, int(lengths.max()))
+    keys = kv[:, :, :longest, :head_dim].float()
+    grouped = q.float().unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)  # [B, G, H/G, T, D]
+    scores = torch.matmul(grouped, keys.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale  # [B, H, T, S]
+    slots = torch.arange(longest, device=q.device)
+    visible = (slots < lengths.view(-1, 1, 1)) & (positions >= 0).unsqueeze(2)
+    if causal:
+        visible = visible & (slots <= positions.unsqueeze(2))
+    visible = visible.unsqueeze(1)
+    if mask is not None and mask.dtype == torch.bool:
+        visible = visible & mask[..., :longest]
+    elif mask is not None:
+        scores = scores + mask[..., :longest].float()
+    probabilities = ops.scaled_masked_softmax(scores, visible)
+    if head_mask is not None:
+        probabilities = probabilities * head_mask.view(-1, 1, 1)
+    if real_columns is not None:
+        slot_of = (real_columns.cumsum(1) - 1).clamp_(min=0).view(batch, 1, 1, -1)
+        probabilities = probabilities.gather(3, slot_of.expand(-1, heads, tokens, -1))
+        probabilities = probabilities * real_columns.view(batch, 1, 1, -1)
+    return probabilities.to(q.dtype)
