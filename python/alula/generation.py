@@ -58,6 +58,8 @@ class Generation:
         tokenizer: Any = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         stopping_criteria: Sequence[StoppingCriteria] | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         with_text: bool = False,
         **options: Any,
     ) -> None:
@@ -69,7 +71,14 @@ class Generation:
         if (config.stop_strings or with_text) and tokenizer is None:
             raise ValueError("stop_strings need a tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)")
         ids, mask = read_prompts(input_ids, attention_mask, config, model.config.vocab_size)
+        self._encoder: dict[str, Tensor] = {}  # for the first pass: the cache keeps what it makes of it
+        if encoder_hidden_states is not None:
+            self._encoder["encoder_hidden_states"] = encoder_hidden_states
+        if encoder_attention_mask is not None:
+            self._encoder["encoder_attention_mask"] = encoder_attention_mask
         if config.num_return_sequences > 1:
+            repeats = config.num_return_sequences
+            self._encoder = {name: value.repeat_interleave(repeats, dim=0) for name, value in self._encoder.items()}
             ids = ids.repeat_interleave(config.num_return_sequences, dim=0)
             mask = None if mask is None else mask.repeat_interleave(config.num_return_sequences, dim=0)
         num_rows, num_columns = ids.shape
@@ -165,6 +174,7 @@ class Generation:
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
+            **self._encoder,
         ).logits
 
     def _decode(self) -> Tensor:
@@ -353,6 +363,7 @@ def generate(
             on nothing but its prompt and that number.  Default: taken from `generator`, else from torch's global one.
         generator: a torch.Generator to take the seed from.
         past_key_values: a KVCache that holds the first columns of `input_ids`; it is filled further.
+        encoder_hidden_states, encoder_attention_mask: as the model's forward takes them, a row for each prompt.
         logits_processor, stopping_criteria: lists of callables (ids [B, length], logits [B, V]), as in transformers;
             the former come before temperature.
 

@@ -39,12 +39,18 @@ class GPT2SequenceSummary(Module):
             self.summary = Linear(config.n_embd, config.num_labels if to_labels else config.n_embd, dtype)
 
     def forward(self, hidden: Tensor, token_ids: Tensor | None) -> Tensor:
-        """hidden [..., T, E], normed; token_ids int64 [...], each in [0, T). Returns [..., labels or E]."""
+        """hidden [B, T, E] or [B, C, T, E], normed; token_ids int64 [B] or [B, C], each in [0, T).
+
+        Returns [..., labels or E]. All kinds but "cls_index" pool over the second dimension, as in transformers: that
+        of the choices where there are any.
+        """
         if self.kind == "mean":
-            pooled = hidden.float().mean(-2).to(hidden.dtype)
+            pooled = hidden.float().mean(1).to(hidden.dtype)
         elif self.kind == "first":
-            pooled = hidden[..., 0, :]
-        elif self.kind == "last" or token_ids is None:
+            pooled = hidden[:, 0]
+        elif self.kind == "last":
+            pooled = hidden[:, -1]
+        elif token_ids is None:
             pooled = hidden[..., -1, :]
         else:
             pooled = torch.take_along_dim(hidden, token_ids[..., None, None], dim=-2).squeeze(-2)
@@ -107,7 +113,8 @@ class GPT2DoubleHeadsModel(GenerationMixin, DecoderWithHead, GPT2PreTrainedModel
             labels: int64, the shape of the ids, scored as a language model's. mc_labels: int64 [B], each in [0, C).
             logits_to_keep: as for :class:`GPT2LMHeadModel`, for inputs without choices; the second head sees all.
 
-        Returns logits [B, C, T, V], mc_logits [B, C]; hidden states and attentions have B * C rows.
+        Returns logits [B, C, T, V] and mc_logits [B, C] (see :class:`GPT2SequenceSummary`); hidden states and attentions
+        have B * C rows.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         leading: list[int] | None = None
