@@ -113,7 +113,7 @@ class GPT2DoubleHeadsModel(GenerationMixin, DecoderWithHead, GPT2PreTrainedModel
             labels: int64, the shape of the ids, scored as a language model's. mc_labels: int64 [B], each in [0, C).
             logits_to_keep: as for :class:`GPT2LMHeadModel`, for inputs without choices; the second head sees all.
 
-        Returns logits [B, C, T, V] and mc_logits [B, C] (see :class:`GPT2SequenceSummary`); hidden states and attentions
+        Returns logits [B, C, T, V] and mc_logits [B, C] (:class:`GPT2SequenceSummary`); hidden states and attentions
         have B * C rows.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
