@@ -46,67 +46,96 @@ def _gpt_bigcode_qkv_rows(config: Config) -> int:
     return width + 2 * (width // config["n_head"] if config["multi_query"] else width)
 
 
-def _gpt_bigcode_tensors(config: Config) -> Iterator[list[TensorSpec]]:
-    """Deviations keep activations near 1, so that layers outweigh the embedding and logits have a spread of about 1."""
+def _norm(name: str, width: int) -> list[TensorSpec]:
+    return [TensorSpec(f"{name}.weight", (width,), 0.1, 1.0), TensorSpec(f"{name}.bias", (width,), 0.1)]
+
+
+def _dense(name: str, rows: int, columns: int, *, turned: bool = False, bias: bool = True) -> list[TensorSpec]:
+    """A matrix that keeps activations near 1, so that layers outweigh the embedding and logits have a spread of about
+    1; `turned`: stored as (in, out)."""
+    shape = (columns, rows) if turned else (rows, columns)
+    weight = TensorSpec(f"{name}.weight", shape, columns**-0.5)
+    return [weight, TensorSpec(f"{name}.bias", (rows,), 0.02)] if bias else [weight]
+
+
+def _gpt_tensors(config: Config, qkv_rows: int, turned: bool) -> Iterator[list[TensorSpec]]:
+    """GPTBigCode and GPT-2, whose matrices lie the other way."""
     width, inner = config["n_embd"], config["n_inner"]
-
-    def norm(name: str) -> list[TensorSpec]:
-        return [TensorSpec(f"{name}.weight", (width,), 0.1, 1.0), TensorSpec(f"{name}.bias", (width,), 0.1)]
-
-    def dense(name: str, rows: int, columns: int, gain: float) -> list[TensorSpec]:
-        return [
-            TensorSpec(f"{name}.weight", (rows, columns), gain * columns**-0.5),
-            TensorSpec(f"{name}.bias", (rows,), 0.02),
-        ]
-
     yield [
         TensorSpec("transformer.wte.weight", (config["vocab_size"], width), width**-0.5),
         TensorSpec("transformer.wpe.weight", (config["n_positions"], width), width**-0.5),
-        *norm("transformer.ln_f"),
+        *_norm("transformer.ln_f", width),
     ]
     for layer in range(config["n_layer"]):
         start = f"transformer.h.{layer}"
         yield [
-            *norm(f"{start}.ln_1"),
-            *dense(f"{start}.attn.c_attn", _gpt_bigcode_qkv_rows(config), width, 1.0),
-            *dense(f"{start}.attn.c_proj", width, width, 1.0),
-            *norm(f"{start}.ln_2"),
-            *dense(f"{start}.mlp.c_fc", inner, width, 1.0),
-            *dense(f"{start}.mlp.c_proj", width, inner, 1.0),
+            *_norm(f"{start}.ln_1", width),
+            *_dense(f"{start}.attn.c_attn", qkv_rows, width, turned=turned),
+            *_dense(f"{start}.attn.c_proj", width, width, turned=turned),
+            *_norm(f"{start}.ln_2", width),
+            *_dense(f"{start}.mlp.c_fc", inner, width, turned=turned),
+            *_dense(f"{start}.mlp.c_proj", width, inner, turned=turned),
         ]
 
 
-def _gpt_bigcode_matrices(config: Config) -> int:
+def _codegen_tensors(config: Config) -> Iterator[list[TensorSpec]]:
     width, inner = config["n_embd"], config["n_inner"]
-    return config["n_layer"] * width * (_gpt_bigcode_qkv_rows(config) + width + 2 * inner)
+    yield [
+        TensorSpec("transformer.wte.weight", (config["vocab_size"], width), width**-0.5),
+        *_norm("transformer.ln_f", width),
+        *_dense("lm_head", config["vocab_size"], width),
+    ]
+    for layer in range(config["n_layer"]):
+        start = f"transformer.h.{layer}"
+        yield [
+            *_norm(f"{start}.ln_1", width),
+            *_dense(f"{start}.attn.qkv_proj", 3 * width, width, bias=False),
+            *_dense(f"{start}.attn.out_proj", width, width, bias=False),
+            *_dense(f"{start}.mlp.fc_in", inner, width),
+            *_dense(f"{start}.mlp.fc_out", width, inner),
+        ]
+
+
+def _matrices(config: Config, qkv_rows: int) -> int:
+    width, inner = config["n_embd"], config["n_inner"]
+    return config["n_layer"] * width * (qkv_rows + width + 2 * inner)
+
+
+def _multi_head(tensors: Callable[[Config], Iterator[list[TensorSpec]]]) -> Family:
+    """A family with as many key/value heads as query heads."""
+    return Family(
+        tensors=tensors,
+        matrix_elements=lambda config: _matrices(config, 3 * config["n_embd"]),
+        head_elements=lambda config: config["vocab_size"] * config["n_embd"],
+        cache_elements=lambda config: config["n_layer"] * 2 * config["n_embd"],
+        attention_width=lambda config: config["n_layer"] * config["n_embd"],
+    )
 
 
 FAMILIES: dict[str, Family] = {
     "gpt_bigcode": Family(
-        tensors=_gpt_bigcode_tensors,
-        matrix_elements=_gpt_bigcode_matrices,
+        tensors=lambda config: _gpt_tensors(config, _gpt_bigcode_qkv_rows(config), turned=False),
+        matrix_elements=lambda config: _matrices(config, _gpt_bigcode_qkv_rows(config)),
         head_elements=lambda config: config["vocab_size"] * config["n_embd"],
         cache_elements=lambda config: config["n_layer"] * (_gpt_bigcode_qkv_rows(config) - config["n_embd"]),
         attention_width=lambda config: config["n_layer"] * config["n_embd"],
     ),
+    "gpt2": _multi_head(lambda config: _gpt_tensors(config, 3 * config["n_embd"], turned=True)),
+    "codegen": _multi_head(_codegen_tensors),
 }
 
 
-def gpt_bigcode(
-    layers: int, width: int, heads: int, positions: int, vocabulary: int, multi_query: bool = True
-) -> Config:
-    """A GPTBigCode configuration; the activation is one that every engine computes alike."""
+def _decoder(model_type: str, cls: str, layers: int, width: int, heads: int, positions: int, vocabulary: int) -> Config:
     return {
-        "model_type": "gpt_bigcode",
-        "architectures": ["GPTBigCodeForCausalLM"],
+        "model_type": model_type,
+        "architectures": [cls],
         "n_layer": layers,
         "n_embd": width,
         "n_head": heads,
         "n_inner": 4 * width,
         "n_positions": positions,
         "vocab_size": vocabulary,
-        "multi_query": multi_query,
-        "activation_function": "gelu_pytorch_tanh",
+        "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
         "bos_token_id": 0,
@@ -115,12 +144,37 @@ def gpt_bigcode(
     }
 
 
+def gpt_bigcode(
+    layers: int, width: int, heads: int, positions: int, vocabulary: int, multi_query: bool = True
+) -> Config:
+    """A GPTBigCode configuration; the activation is one that every engine computes alike."""
+    config = _decoder("gpt_bigcode", "GPTBigCodeForCausalLM", layers, width, heads, positions, vocabulary)
+    return {**config, "multi_query": multi_query, "activation_function": "gelu_pytorch_tanh"}
+
+
+def gpt2(layers: int, width: int, heads: int) -> Config:
+    """A GPT-2 configuration."""
+    return _decoder("gpt2", "GPT2LMHeadModel", layers, width, heads, 1024, 50257)
+
+
+def codegen(layers: int, width: int, heads: int, rotary_dim: int) -> Config:
+    """A CodeGen configuration."""
+    config = _decoder("codegen", "CodeGenForCausalLM", layers, width, heads, 2048, 51200)
+    return {**config, "rotary_dim": rotary_dim, "n_ctx": 2048, "tie_word_embeddings": False}
+
+
 PRESETS: dict[str, Config] = {
     "santacoder": gpt_bigcode(24, 2048, 16, 2048, 49280),
     "starcoder": gpt_bigcode(40, 6144, 48, 8192, 49152),
     "tiny-starcoder": gpt_bigcode(20, 768, 12, 8192, 49152),
     "mqa-768": gpt_bigcode(12, 768, 12, 2048, 49152),
     "mha-768": gpt_bigcode(12, 768, 12, 2048, 49152, multi_query=False),
+    "gpt2": gpt2(12, 768, 12),
+    "gpt2-medium": gpt2(24, 1024, 16),
+    "gpt2-large": gpt2(36, 1280, 20),
+    "gpt2-xl": gpt2(48, 1600, 25),
+    "codegen-350m": codegen(20, 1024, 16, 32),
+    "codegen-2b": codegen(32, 2560, 32, 64),
     "toy": gpt_bigcode(2, 64, 4, 256, 512),
 }
 

@@ -150,14 +150,18 @@ def test_a_family_counts_what_its_tensors_hold(name):
     specs = [spec for group in of.tensors(config) for spec in group]
     assert len({spec.name for spec in specs}) == len(specs)
     matrices = {spec.name: int(np.prod(spec.shape)) for spec in specs if len(spec.shape) == 2}
-    assert matrices.pop("transformer.wte.weight") == of.head_elements(config)
-    matrices.pop("transformer.wpe.weight")
+    table = matrices.pop("transformer.wte.weight")
+    assert matrices.pop("lm_head.weight", table) == table == of.head_elements(config)
+    matrices.pop("transformer.wpe.weight", None)
     assert sum(matrices.values()) == of.matrix_elements(config)
 
 
 def test_published_sizes():
     assert presets.parameters(presets.PRESETS["santacoder"]) == 1_124_886_528
     assert presets.parameters(presets.PRESETS["starcoder"]) == 15_517_456_384
+    sizes = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    for name, size in {**sizes, "codegen-350m": 356_712_448, "codegen-2b": 2_779_683_840}.items():
+        assert presets.parameters(presets.PRESETS[name]) == size, name
 
 
 def test_work_of_a_step_and_of_a_prompt():

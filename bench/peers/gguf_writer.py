@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from .base import Missing
 
-# Hugging Face's name of a part of a GPTBigCode layer -> GGUF's
+# Hugging Face's name of a part of a GPTBigCode or GPT-2 layer -> GGUF's
 LAYER_PARTS = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
@@ -23,6 +23,9 @@ LAYER_PARTS = {
     "mlp.c_proj": "ffn_down",
 }
 
+# (model_type, multi_query) -> llama.cpp's graph
+GRAPHS = {("gpt_bigcode", True): "starcoder", ("gpt2", None): "gpt2"}
+
 
 def write_gguf(folder: Path, path: Path, dtype: str) -> None:
     """Write the model of `folder` to `path`: matrices in `dtype` (fp32 or bf16), vectors and positions in fp32.
@@ -31,14 +34,17 @@ def write_gguf(folder: Path, path: Path, dtype: str) -> None:
     Raises Missing for models that llama.cpp has no graph for.
     """
     config = json.loads((folder / "config.json").read_text())
-    if config["model_type"] != "gpt_bigcode" or not config["multi_query"]:
-        kind = f"{config['model_type']} with multi_query={config.get('multi_query')}"
-        raise Missing(f"no GGUF layout is written for {kind}")
+    kind = (config["model_type"], config.get("multi_query"))
+    if kind not in GRAPHS:
+        raise Missing(f"no GGUF layout is written for {kind[0]} with multi_query={kind[1]}")
+    is_turned = config["model_type"] == "gpt2"  # its matrices lie as (in, out)
     unfinished = path.with_suffix(".unfinished")
-    writer = gguf.GGUFWriter(unfinished, "starcoder")
+    writer = gguf.GGUFWriter(unfinished, GRAPHS[kind])
     _write_metadata(writer, config, dtype)
     for name, tensor in _tensors(folder):
         matrix = tensor.ndim == 2 and name != "position_embd.weight"
+        if matrix and is_turned and name != "token_embd.weight":
+            tensor = tensor.T
         if dtype == "bf16" and matrix:
             data = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
             writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -58,7 +64,8 @@ def _write_metadata(writer: gguf.GGUFWriter, config: dict, dtype: str) -> None:
     writer.add_embedding_length(config["n_embd"])
     writer.add_feed_forward_length(config["n_inner"])
     writer.add_head_count(config["n_head"])
-    writer.add_head_count_kv(1)
+    if config.get("multi_query"):
+        writer.add_head_count_kv(1)
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if dtype == "bf16" else gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("gpt2")
