@@ -104,6 +104,9 @@ struct Vec {
   static constexpr int kWidth = 16;
   __m512 v;
 };
+struct TwoVecs {
+  Vec a, b;
+};
 
 ALULA_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -126,16 +129,19 @@ ALULA_INLINE Vec load(const bf16* p, int n) {
 }
 ALULA_INLINE Vec load(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
 
-ALULA_INLINE __m256i narrow_to_bf16(Vec a) {
-#if defined(__AVX512BF16__)
-  return (__m256i)_mm512_cvtneps_pbh(a.v);
-#else
+// The upper half of each 32-bit lane is the bf16, rounded to nearest even; NaN stays NaN.
+ALULA_INLINE __m512i rounded_bf16_bits(Vec a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x00400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  return _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x00400000));
+}
+ALULA_INLINE __m256i narrow_to_bf16(Vec a) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(a.v);
+#else
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bf16_bits(a), 16));
 #endif
 }
 ALULA_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
@@ -155,6 +161,28 @@ ALULA_INLINE void stream(f16* p, Vec a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 ALULA_INLINE void stream_fence() { _mm_sfence(); }
+
+// 32 neighbours as those with even and those with odd index: half the instructions of widening and narrowing them in
+// order.
+ALULA_INLINE TwoVecs load_pairs(const bf16* p) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  const __m512i odd = _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))}, {_mm512_castsi512_ps(odd)}};
+}
+ALULA_INLINE __m512i narrow_pairs(TwoVecs x) {
+#if defined(__AVX512BF16__)
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(x.b.v, x.a.v));
+#else
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded_bf16_bits(x.a), 16), rounded_bf16_bits(x.b));
+#endif
+}
+ALULA_INLINE void store_pairs(bf16* p, TwoVecs x) { _mm512_storeu_si512(p, narrow_pairs(x)); }
+// p is aligned to 64 bytes.
+ALULA_INLINE void stream_pairs(bf16* p, TwoVecs x) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pairs(x));
+}
 
 ALULA_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 ALULA_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -202,6 +230,9 @@ struct Vec {
   static constexpr int kWidth = 8;
   __m256 v;
 };
+struct TwoVecs {
+  Vec a, b;
+};
 
 ALULA_INLINE __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -227,13 +258,16 @@ ALULA_INLINE Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, fir
 ALULA_INLINE Vec load(const bf16* p, int n) { return widen_bf16(load_16bit(p, n)); }
 ALULA_INLINE Vec load(const f16* p, int n) { return {_mm256_cvtph_ps(load_16bit(p, n))}; }
 
-ALULA_INLINE __m128i narrow_to_bf16(Vec a) {
+// The upper half of each 32-bit lane is the bf16, rounded to nearest even; NaN stays NaN.
+ALULA_INLINE __m256i rounded_bf16_bits(Vec a) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x00400000));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_blendv_epi8(rounded, _mm256_or_si256(u, _mm256_set1_epi32(0x00400000)), nan);
+}
+ALULA_INLINE __m128i narrow_to_bf16(Vec a) {
+  const __m256i high = _mm256_srli_epi32(rounded_bf16_bits(a), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 ALULA_INLINE __m128i narrow_to_f16(Vec a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
@@ -253,6 +287,24 @@ ALULA_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
 ALULA_INLINE void stream(bf16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_to_bf16(a)); }
 ALULA_INLINE void stream(f16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_to_f16(a)); }
 ALULA_INLINE void stream_fence() { _mm_sfence(); }
+
+// 16 neighbours as those with even and those with odd index: half the instructions of widening and narrowing them in
+// order.
+ALULA_INLINE TwoVecs load_pairs(const bf16* p) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i odd = _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))}, {_mm256_castsi256_ps(odd)}};
+}
+ALULA_INLINE __m256i narrow_pairs(TwoVecs x) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(rounded_bf16_bits(x.a), 16), rounded_bf16_bits(x.b), 0xaa);
+}
+ALULA_INLINE void store_pairs(bf16* p, TwoVecs x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_pairs(x));
+}
+// p is aligned to 32 bytes.
+ALULA_INLINE void stream_pairs(bf16* p, TwoVecs x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pairs(x));
+}
 
 ALULA_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 ALULA_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -324,6 +376,9 @@ struct Vec {
   static constexpr int kWidth = 4;
   Lanes v;
 };
+struct TwoVecs {
+  Vec a, b;
+};
 
 ALULA_INLINE Vec zero() { return {Lanes{0, 0, 0, 0}}; }
 ALULA_INLINE Vec broadcast(float x) { return {Lanes{x, x, x, x}}; }
@@ -363,6 +418,19 @@ ALULA_INLINE void stream(T* p, Vec a) {  // no portable way past the caches
   store(p, a);
 }
 ALULA_INLINE void stream_fence() {}
+
+// 8 neighbours as those with even and those with odd index.
+ALULA_INLINE TwoVecs load_pairs(const bf16* p) {
+  return {{Lanes{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])}},
+          {Lanes{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])}}};
+}
+ALULA_INLINE void store_pairs(bf16* p, TwoVecs x) {
+  for (int i = 0; i < Vec::kWidth; i++) {
+    p[2 * i] = to_bf16(x.a.v[i]);
+    p[2 * i + 1] = to_bf16(x.b.v[i]);
+  }
+}
+ALULA_INLINE void stream_pairs(bf16* p, TwoVecs x) { store_pairs(p, x); }
 
 ALULA_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 ALULA_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }

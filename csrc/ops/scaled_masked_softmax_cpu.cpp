@@ -8,11 +8,16 @@
 // difference of two scores near each other is exact, however large they are. Otherwise v = scale * score + mask and
 // c is 1. A 16-bit result is made by 2^x with c / ln 2 in place of c: relative error 1e-5 where y = e^-87, less above.
 //
+// One core of an AMD EPYC (Zen 4, AVX-512), rows of 1024 that L2 holds, ns per 16 scores, of which a copy beyond the
+// caches takes 5.1 (fp32) or 2.6 (16 bits): fp32 4.6, bf16 3.2, fp16 3.7; a bool mask adds 0.1 to 0.8. bf16 to bf16
+// took 4.9 with exp, 4.0 with 2^x, and 3.2 since even and odd neighbours are widened and narrowed apart.
+//
 // -inf is a key that is not visible. A NaN or +inf among a row's v makes the whole row NaN, as torch.softmax does; what
 // a bool mask or the causal limit hides has no influence, whatever it is. A row with nothing visible is zeros. Two
 // scores whose difference overflows fp32 count as infinitely far apart.
 #include "ops/scaled_masked_softmax.h"
 
+#include <cmath>
 #include <type_traits>
 
 #include "core/dispatch.h"
@@ -46,21 +51,44 @@ struct Row {
     if constexpr (sizeof...(lanes) > 0) v = select_first(lanes..., v, hidden);
     return v;
   }
+
+  // The same of 2 * kWidth neighbours, even ones and odd ones; bf16 only, with or without a bf16 mask.
+  ALULA_INLINE TwoVecs pairs(int64_t j) const {
+    const TwoVecs v = load_pairs(scores + j);
+    if constexpr (std::is_same_v<Mask, NoMask>) {
+      if constexpr (kScaled) return {v.a * scale, v.b * scale};
+      return v;
+    } else {
+      const TwoVecs add = load_pairs(mask + j);
+      return {fma(v.a, scale, add.a), fma(v.b, scale, add.b)};
+    }
+  }
 };
 
+// Of a row of n, how many are taken as pairs where pairs are taken.
+ALULA_INLINE int64_t paired_part(int64_t n) { return n / (2 * kWidth) * (2 * kWidth); }
+
 // Writes the n exponentials and returns their sum: 0 where nothing is visible, NaN where the row has no meaning.
-template <typename T, typename Mask, bool kScaled, bool kExact>
+// kPaired: those of 2 * kWidth neighbours lie as the even ones, then the odd ones.
+template <typename T, typename Mask, bool kScaled, bool kExact, bool kPaired>
 float exponentials(const void* scores, const void* mask, float scale, int64_t n, const char* next, float* e) {
   const Row<T, Mask, kScaled> row = {static_cast<const T*>(scores), static_cast<const Mask*>(mask), broadcast(scale)};
+  const auto two = [&](int64_t j) -> TwoVecs {
+    if constexpr (kPaired) return row.pairs(j);
+    return {row(j), row(j + kWidth)};
+  };
   const int rest = static_cast<int>(n % kWidth);
-  const int64_t whole = n - rest;
+  const int64_t whole = n - rest, twos = paired_part(n);
 
-  constexpr int kChains = 4;  // independent maxima hide the latency
-  Vec most[kChains];
-  for (int c = 0; c < kChains; c++) most[c] = broadcast(-kInfinity);
+  Vec most[4];  // independent maxima hide the latency
+  for (Vec& each : most) each = broadcast(-kInfinity);
   int64_t j = 0;
-  for (; j + kChains * kWidth <= n; j += kChains * kWidth) {
-    for (int c = 0; c < kChains; c++) most[c] = max(most[c], row(j + c * kWidth));
+  for (; j + 4 * kWidth <= n; j += 4 * kWidth) {
+    const TwoVecs v = two(j), w = two(j + 2 * kWidth);
+    most[0] = max(most[0], v.a);
+    most[1] = max(most[1], v.b);
+    most[2] = max(most[2], w.a);
+    most[3] = max(most[3], w.b);
   }
   for (; j < whole; j += kWidth) most[0] = max(most[0], row(j));
   if (rest > 0) most[0] = max(most[0], row(j, rest));
@@ -75,40 +103,49 @@ float exponentials(const void* scores, const void* mask, float scale, int64_t n,
     return sum == sum ? 0.0f : sum;
   }
 
+  const auto sum_of = [&](auto exponential) {
+    Vec sum[2] = {zero(), zero()};
+    int64_t i = 0;
+    for (; i < twos; i += 2 * kWidth) {
+      prefetch(next + i * sizeof(T));
+      if constexpr (kWidth * sizeof(T) > 32) prefetch(next + (i + kWidth) * sizeof(T));
+      const TwoVecs v = two(i);
+      const Vec a = exponential(v.a), b = exponential(v.b);
+      store(e + i, a);
+      store(e + i + kWidth, b);
+      sum[0] = sum[0] + a;
+      sum[1] = sum[1] + b;
+    }
+    for (; i < whole; i += kWidth) {
+      const Vec a = exponential(row(i));
+      store(e + i, a);
+      sum[0] = sum[0] + a;
+    }
+    if (rest > 0) {
+      const Vec a = exponential(row(i, rest));
+      store(e + i, a, rest);
+      sum[1] = sum[1] + a;
+    }
+    return reduce_add(sum[0] + sum[1]);
+  };
   constexpr bool kInScores = !kScaled && (std::is_same_v<Mask, NoMask> || std::is_same_v<Mask, bool>);
   const float c = kInScores ? scale : 1.0f;
-  const Vec top = broadcast(m), factor = broadcast(kExact ? c : c * 1.44269504088896341f);
-  const auto exponential = [&](Vec v) {
-    if constexpr (!kExact) return exp2((v - top) * factor);
-    if constexpr (kInScores) return exp_of_negative((v - top) * factor);
-    return exp_of_negative(v - top);
-  };
-  Vec sum[2] = {zero(), zero()};
-  for (j = 0; j + 2 * kWidth <= n; j += 2 * kWidth) {
-    prefetch(next + j * sizeof(T));
-    if constexpr (kWidth * sizeof(T) > 32) prefetch(next + (j + kWidth) * sizeof(T));
-    const Vec a = exponential(row(j)), b = exponential(row(j + kWidth));
-    store(e + j, a);
-    store(e + j + kWidth, b);
-    sum[0] = sum[0] + a;
-    sum[1] = sum[1] + b;
+  const Vec top = broadcast(m);
+  if constexpr (kExact) {
+    const Vec factor = broadcast(c);
+    return sum_of([&](Vec v) { return exp_of_negative(kInScores ? (v - top) * factor : v - top); });
   }
-  for (; j < whole; j += kWidth) {
-    const Vec a = exponential(row(j));
-    store(e + j, a);
-    sum[0] = sum[0] + a;
+  const float to_base_2 = c * 1.44269504088896341f;
+  const Vec factor = broadcast(to_base_2), offset = broadcast(m * to_base_2);
+  if (std::fabs(m * to_base_2) < 0x1p14f) {  // its rounding, at most 2^-11, is common to the row: the sum takes it out
+    return sum_of([&](Vec v) { return exp2(fma(v, factor, zero() - offset)); });
   }
-  if (rest > 0) {
-    const Vec a = exponential(row(j, rest));
-    store(e + j, a, rest);
-    sum[1] = sum[1] + a;
-  }
-  return reduce_add(sum[0] + sum[1]);
+  return sum_of([&](Vec v) { return exp2((v - top) * factor); });
 }
 
 // y = e * factor
 template <typename T, bool kPastCaches>
-void write_row(const float* e, float factor, int64_t n, void* out) {
+void write_row(const float* e, float factor, int64_t, int64_t n, void* out) {
   const Vec f = broadcast(factor);
   T* y = static_cast<T*>(out);
   int64_t j = 0;
@@ -124,21 +161,48 @@ void write_row(const float* e, float factor, int64_t n, void* out) {
   if (j < n) store(y + j, load(e + j, static_cast<int>(n - j)) * f, static_cast<int>(n - j));
 }
 
+// The same where the first `paired` exponentials lie as pairs. A row that goes past the caches begins at a cache line.
+template <bool kPastCaches>
+void write_paired_row(const float* e, float factor, int64_t paired, int64_t n, void* out) {
+  const Vec f = broadcast(factor);
+  bf16* y = static_cast<bf16*>(out);
+  for (int64_t j = 0; j < paired; j += 2 * kWidth) {
+    const TwoVecs result = {load(e + j) * f, load(e + j + kWidth) * f};
+    kPastCaches ? stream_pairs(y + j, result) : store_pairs(y + j, result);
+  }
+  write_row<bf16, kPastCaches>(e + paired, factor, 0, n - paired, y + paired);
+}
+
 using Exponentials = float (*)(const void*, const void*, float, int64_t, const char*, float*);
+
+using WriteRow = void (*)(const float*, float, int64_t, int64_t, void*);
+
+// Pairs serve bf16 to bf16; of the other kinds of mask the entries would have to be parted too. Rows are then whole
+// cache lines, so that they can be streamed. Nothing here asks how many rows there are: a row alone has the same bits.
+bool takes_pairs(const ScaledMaskedSoftmaxArgs& args) {
+  return args.dtype == DType::kBFloat16 && args.out_dtype == DType::kBFloat16 &&
+         (args.mask_kind == MaskKind::kNone || args.mask_kind == MaskKind::kBFloat16) &&
+         args.num_keys * static_cast<int64_t>(sizeof(bf16)) % 64 == 0;
+}
+
+Exponentials choose_paired_exponentials(MaskKind kind, bool is_scaled) {
+  if (kind == MaskKind::kBFloat16) return exponentials<bf16, bf16, true, false, true>;
+  return is_scaled ? exponentials<bf16, NoMask, true, false, true> : exponentials<bf16, NoMask, false, false, true>;
+}
 
 template <typename T, bool kExact>
 Exponentials choose_exponentials(MaskKind kind, bool is_scaled) {
   switch (kind) {
     case MaskKind::kNone:
-      return is_scaled ? exponentials<T, NoMask, true, kExact> : exponentials<T, NoMask, false, kExact>;
+      return is_scaled ? exponentials<T, NoMask, true, kExact, false> : exponentials<T, NoMask, false, kExact, false>;
     case MaskKind::kBool:
-      return is_scaled ? exponentials<T, bool, true, kExact> : exponentials<T, bool, false, kExact>;
+      return is_scaled ? exponentials<T, bool, true, kExact, false> : exponentials<T, bool, false, kExact, false>;
     case MaskKind::kFloat32:
-      return exponentials<T, float, true, kExact>;
+      return exponentials<T, float, true, kExact, false>;
     case MaskKind::kBFloat16:
-      return exponentials<T, bf16, true, kExact>;
+      return exponentials<T, bf16, true, kExact, false>;
     case MaskKind::kFloat16:
-      return exponentials<T, f16, true, kExact>;
+      return exponentials<T, f16, true, kExact, false>;
   }
   return nullptr;
 }
@@ -171,14 +235,16 @@ void softmax(const ScaledMaskedSoftmaxArgs& args, int64_t first, int64_t last, f
   float* e = scratch;
   float* gathered_mask = scratch + scratch_floats(args) / 2;
   const int64_t bytes = args.dtype == DType::kFloat32 ? 4 : 2, out_bytes = args.out_dtype == DType::kFloat32 ? 4 : 2;
+  const bool is_scaled = !(args.scale > 0.0f), is_paired = takes_pairs(args);
   const Exponentials exponentials_of = dispatch_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    const bool is_scaled = !(args.scale > 0.0f);
+    if (is_paired) return choose_paired_exponentials(args.mask_kind, is_scaled);
     return args.out_dtype == DType::kFloat32 ? choose_exponentials<T, true>(args.mask_kind, is_scaled)
                                              : choose_exponentials<T, false>(args.mask_kind, is_scaled);
   });
-  const auto write = dispatch_dtype(args.out_dtype, [&](auto tag) {
+  const WriteRow write = dispatch_dtype(args.out_dtype, [&](auto tag) -> WriteRow {
     using T = typename decltype(tag)::Type;
+    if (is_paired) return args.writes_past_caches ? write_paired_row<true> : write_paired_row<false>;
     return args.writes_past_caches ? write_row<T, true> : write_row<T, false>;
   });
   for (int64_t r = first; r < last; r++) {
@@ -190,7 +256,8 @@ void softmax(const ScaledMaskedSoftmaxArgs& args, int64_t first, int64_t last, f
     const char* row = static_cast<const char*>(args.scores) + r * keys * bytes;
     const float sum = exponentials_of(row, mask_row(args, r, n, gathered_mask), args.scale, n, row + keys * bytes, e);
     for (int64_t j = n; j < keys; j++) e[j] = 0.0f;
-    write(e, sum == 0.0f ? 0.0f : 1.0f / sum, keys, static_cast<char*>(args.out) + r * keys * out_bytes);
+    write(e, sum == 0.0f ? 0.0f : 1.0f / sum, paired_part(n), keys,
+          static_cast<char*>(args.out) + r * keys * out_bytes);
   }
   if (args.writes_past_caches) stream_fence();
 }
