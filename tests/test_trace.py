@@ -23,7 +23,7 @@ def lines(value: str | None) -> list[str]:
     env = {name: text for name, text in os.environ.items() if not name.startswith("ALULA_")}
     env |= {"ALULA_FORCE_ISA": "generic"} | ({} if value is None else {"ALULA_LOG": value})
     result = subprocess.run(
-        [sys.executable, "-c", CALLS], env=env, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", CALLS], env=env, capture_output=True, text=True, timeout=300, check=True
     )
     return [line for line in result.stderr.splitlines() if line.startswith("alula: ")]
 

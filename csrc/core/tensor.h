@@ -42,6 +42,22 @@ inline DType value_dtype(const Tensor& t, const char* name) {
   }
 }
 
+inline MaskKind mask_kind_of(const Tensor& mask) {
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool:
+      return MaskKind::kBool;
+    case ScalarType::Float:
+      return MaskKind::kFloat32;
+    case ScalarType::BFloat16:
+      return MaskKind::kBFloat16;
+    case ScalarType::Half:
+      return MaskKind::kFloat16;
+    default:
+      fail("mask has dtype ", name_of(mask.scalar_type()),
+           "; accepted: bool (true = visible), or float32, bfloat16, float16 (added to the scores)");
+  }
+}
+
 inline void check_dtype(const Tensor& t, const char* name, ScalarType expected, const char* like) {
   ALULA_CHECK(t.scalar_type() == expected, name, " has dtype ", name_of(t.scalar_type()), "; ", like, " asks for ",
               name_of(expected));

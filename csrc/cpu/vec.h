@@ -213,6 +213,13 @@ ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
   const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(n), condition);
   return {_mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), y.v, x.v)};
 }
+// The same of 32 entries, those with even and those with odd index.
+ALULA_INLINE TwoVecs select_true_pairs(const bool* condition, TwoVecs x, Vec y) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(condition));
+  const __mmask16 even = _mm256_test_epi16_mask(bytes, _mm256_set1_epi16(0x00ff));
+  const __mmask16 odd = _mm256_test_epi16_mask(bytes, _mm256_set1_epi16(static_cast<short>(0xff00)));
+  return {{_mm512_mask_blend_ps(even, y.v, x.a.v)}, {_mm512_mask_blend_ps(odd, y.v, x.b.v)}};
+}
 // x in the first n lanes, y in the others.
 ALULA_INLINE Vec select_first(int n, Vec x, Vec y) { return {_mm512_mask_blend_ps(first_lanes(n), y.v, x.v)}; }
 // a - floor(a), exact; 0 for an infinity.
@@ -337,6 +344,14 @@ ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
   bool entries[8] = {};
   std::memcpy(entries, condition, static_cast<size_t>(n));
   return select_true(entries, x, y);
+}
+// The same of 16 entries, those with even and those with odd index.
+ALULA_INLINE TwoVecs select_true_pairs(const bool* condition, TwoVecs x, Vec y) {
+  const __m256i pairs = _mm256_cvtepu16_epi32(load_16bit(condition));
+  const __m256i odd = _mm256_cmpgt_epi32(pairs, _mm256_set1_epi32(0xff));
+  const __m256i even = _mm256_cmpgt_epi32(_mm256_and_si256(pairs, _mm256_set1_epi32(0xff)), _mm256_setzero_si256());
+  return {{_mm256_blendv_ps(y.v, x.a.v, _mm256_castsi256_ps(even))},
+          {_mm256_blendv_ps(y.v, x.b.v, _mm256_castsi256_ps(odd))}};
 }
 // x in the first n lanes, y in the others.
 ALULA_INLINE Vec select_first(int n, Vec x, Vec y) {
@@ -467,6 +482,12 @@ ALULA_INLINE Vec select_true(const bool* condition, int n, Vec x, Vec y) {
     if (condition[i]) y.v[i] = x.v[i];
   }
   return y;
+}
+// The same of 8 entries, those with even and those with odd index.
+ALULA_INLINE TwoVecs select_true_pairs(const bool* condition, TwoVecs x, Vec y) {
+  const IntLanes even = {condition[0], condition[2], condition[4], condition[6]};
+  const IntLanes odd = {condition[1], condition[3], condition[5], condition[7]};
+  return {select(even != 0, x.a.v, y.v), select(odd != 0, x.b.v, y.v)};
 }
 // x in the first n lanes, y in the others.
 ALULA_INLINE Vec select_first(int n, Vec x, Vec y) { return select(IntLanes{0, 1, 2, 3} < n, x.v, y.v); }

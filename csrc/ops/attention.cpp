@@ -8,6 +8,7 @@
 
 #include "core/scratch.h"
 #include "core/tensor.h"
+#include "core/trace.h"
 #include "cpu/parallel.h"
 #include "ops/kv_cache.h"
 
@@ -19,23 +20,6 @@ constexpr double kAloneMultiplyAdds = 400e3;
 constexpr double kAloneElements = 50e3;
 
 // --- checks ------------------------------------------------------------------------------------------------------
-
-MaskKind mask_kind_of(const Tensor& mask) {
-  switch (mask.scalar_type()) {
-    case ScalarType::Bool:
-      return MaskKind::kBool;
-    case ScalarType::Float:
-      return MaskKind::kFloat32;
-    case ScalarType::BFloat16:
-      return MaskKind::kBFloat16;
-    case ScalarType::Half:
-      return MaskKind::kFloat16;
-    default:
-      fail("mask has dtype ", name_of(mask.scalar_type()),
-           "; accepted: bool (true = visible), or float32, bfloat16, "
-           "float16 (added to the scores)");
-  }
-}
 
 void set_mask(AttentionArgs& args, const OptionalTensor& mask, int64_t batch, int64_t longest) {
   args.mask_kind = MaskKind::kNone;
@@ -234,7 +218,14 @@ OptionalTensor run(const Tensor& q, const Tensor& kv_cache, const Tensor& positi
   const auto count = static_cast<int64_t>(plan.tiles.size());
   const bool alone =
       num_threads() == 1 || (plan.multiply_adds <= kAloneMultiplyAdds && plan.elements <= kAloneElements);
-  if (!alone && count < 3 * num_threads()) {
+  const bool splits_keys = !alone && count < 3 * num_threads();
+  ALULA_TRACE("attention", dtype, "H ", num_heads, " G ", num_kv_heads, " D ", head_dim, ", batch ", size_class(batch),
+              ", ", size_class(tokens), " tokens on up to ", size_class(kv_cache.size(2)), " keys",
+              causal ? ", causal" : "", mask ? ", mask " + name_of(mask->scalar_type()) : "",
+              alone         ? ": one thread"
+              : splits_keys ? ": key tiles over threads"
+                            : ": row tiles over threads");
+  if (splits_keys) {
     run_split(plan, args, kernels);
     return made;
   }

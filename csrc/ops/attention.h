@@ -10,8 +10,6 @@
 
 namespace alula {
 
-enum class MaskKind : int { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
-
 struct AttentionArgs {
   DType dtype;            // of q, kv_cache and out
   int64_t tokens;         // T

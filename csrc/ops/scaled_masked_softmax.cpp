@@ -13,22 +13,6 @@ namespace {
 // A thread is worth waking (about 3 us) for this many scores (about 5 us).
 constexpr int64_t kScoresPerThread = 16 * 1024;
 
-MaskKind mask_kind(const Tensor& mask) {
-  switch (mask.scalar_type()) {
-    case ScalarType::Bool:
-      return MaskKind::kBool;
-    case ScalarType::Float:
-      return MaskKind::kFloat32;
-    case ScalarType::BFloat16:
-      return MaskKind::kBFloat16;
-    case ScalarType::Half:
-      return MaskKind::kFloat16;
-    default:
-      fail("mask has dtype ", name_of(mask.scalar_type()),
-           "; accepted: bool (true = visible), or float32, bfloat16, float16 (added to the scores)");
-  }
-}
-
 // Of every dimension of `scores`, the stride of `mask` broadcast to it.
 std::vector<int64_t> broadcast_strides(const Tensor& mask, const Tensor& scores) {
   const int64_t missing = scores.dim() - mask.dim();
@@ -75,7 +59,7 @@ Tensor scaled_masked_softmax(const Tensor& scores, const OptionalTensor& mask, d
       .scale = static_cast<float>(scale),
       .is_causal = causal,
       .writes_past_caches = is_beyond_caches(out.numel() * out.element_size()),
-      .mask_kind = mask ? mask_kind(*mask) : MaskKind::kNone,
+      .mask_kind = mask ? mask_kind_of(*mask) : MaskKind::kNone,
       .mask = data_or_null(mask),
       .num_leading = static_cast<int>(sizes.size()) - 1,
       .leading_sizes = sizes.data(),

@@ -8,8 +8,6 @@
 
 namespace alula {
 
-enum class MaskKind : int { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
-
 struct ScaledMaskedSoftmaxArgs {
   DType dtype;         // of the scores
   DType out_dtype;     // of the result

@@ -52,16 +52,16 @@ struct Row {
     return v;
   }
 
-  // The same of 2 * kWidth neighbours, even ones and odd ones; bf16 only, with or without a bf16 mask.
+  // The same of 2 * kWidth neighbours, even ones and odd ones; bf16, with a bool or bf16 mask or none.
   ALULA_INLINE TwoVecs pairs(int64_t j) const {
-    const TwoVecs v = load_pairs(scores + j);
-    if constexpr (std::is_same_v<Mask, NoMask>) {
-      if constexpr (kScaled) return {v.a * scale, v.b * scale};
-      return v;
-    } else {
+    TwoVecs v = load_pairs(scores + j);
+    if constexpr (std::is_same_v<Mask, bf16>) {
       const TwoVecs add = load_pairs(mask + j);
       return {fma(v.a, scale, add.a), fma(v.b, scale, add.b)};
     }
+    if constexpr (kScaled) v = {v.a * scale, v.b * scale};
+    if constexpr (std::is_same_v<Mask, bool>) return select_true_pairs(mask + j, v, broadcast(-kInfinity));
+    return v;
   }
 };
 
@@ -177,16 +177,18 @@ using Exponentials = float (*)(const void*, const void*, float, int64_t, const c
 
 using WriteRow = void (*)(const float*, float, int64_t, int64_t, void*);
 
-// Pairs serve bf16 to bf16; of the other kinds of mask the entries would have to be parted too. Rows are then whole
+// Pairs serve bf16 to bf16; the entries of a wider mask would have to be parted too. Rows are then whole
 // cache lines, so that they can be streamed. Nothing here asks how many rows there are: a row alone has the same bits.
 bool takes_pairs(const ScaledMaskedSoftmaxArgs& args) {
-  return args.dtype == DType::kBFloat16 && args.out_dtype == DType::kBFloat16 &&
-         (args.mask_kind == MaskKind::kNone || args.mask_kind == MaskKind::kBFloat16) &&
-         args.num_keys * static_cast<int64_t>(sizeof(bf16)) % 64 == 0;
+  return args.dtype == DType::kBFloat16 && args.out_dtype == DType::kBFloat16 && args.mask_kind != MaskKind::kFloat32 &&
+         args.mask_kind != MaskKind::kFloat16 && args.num_keys * static_cast<int64_t>(sizeof(bf16)) % 64 == 0;
 }
 
 Exponentials choose_paired_exponentials(MaskKind kind, bool is_scaled) {
   if (kind == MaskKind::kBFloat16) return exponentials<bf16, bf16, true, false, true>;
+  if (kind == MaskKind::kBool) {
+    return is_scaled ? exponentials<bf16, bool, true, false, true> : exponentials<bf16, bool, false, false, true>;
+  }
   return is_scaled ? exponentials<bf16, NoMask, true, false, true> : exponentials<bf16, NoMask, false, false, true>;
 }
 
