@@ -26,7 +26,7 @@ def describe(threads: int, argv: list[str]) -> dict[str, Any]:
     return {
         "kind": "run",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": ["alula", "bench", *argv],
+        "command": ["alula", "bench", *(os.path.basename(arg) if os.path.isabs(arg) else arg for arg in argv)],
         "machine": processor(),
         "threads": threads,
         "versions": {
