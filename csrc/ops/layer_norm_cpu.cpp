@@ -3,6 +3,10 @@
 //
 // 16-bit rows and rows with a residual are widened and added once, into a row of fp32 scratch; so are weight and bias,
 // once for all rows of a thread.
+//
+// One core of an AMD EPYC (Zen 4, AVX-512), rows of 1024 beyond the caches, GB/s where memcpy moves 25: fp32 28, bf16
+// 20, fp16 22; with a residual 23, 24 and 26. With two threads `alula bench ops` sets them against a copy in the same
+// run. Fetching the next row of the residual ahead, as that of x is, gained nothing.
 #include "ops/layer_norm.h"
 
 #include <type_traits>
