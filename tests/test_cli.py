@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import alula
 import pytest
 import torch
 from alula.cli import main
-from alula.config import GPTBigCodeConfig
+from alula.config import AutoConfig, GPTBigCodeConfig
 from alula.generation import Generation
 from alula.limits import last_level_cache_bytes, read_bandwidth
 from alula.models import AutoModelForCausalLM, GPTBigCodeForCausalLM
@@ -174,6 +175,25 @@ def test_batches_print_in_order(folder, capsys, tmp_path):
     expected = [f"[{i}/3]\n" + r["prompt"] + r["text"] for i, r in enumerate(alone, 1)]
     assert out == "".join(text if text.endswith("\n") else text + "\n" for text in expected)
     assert SPEED_LINE.fullmatch(err)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "codegen"])
+def test_other_families_stream_and_come_in_batches(folder, tmp_path, capsys, family):
+    """A row of a padded batch is the row alone, and the text streamed is the text generated."""
+    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 256, "initializer_range": 0.2}
+    rotary = {"rotary_dim": 8} if family == "codegen" else {}
+    config = AutoConfig.for_model(family, **sizes, **rotary, eos_token_id=None)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    args = ["--model", str(tmp_path), "--max-new-tokens", "9"]
+    prompts = ["def f(", "x", "import os"]
+    texts = [generated(tmp_path, prompt, max_new_tokens=9) for prompt in prompts]
+    assert main(["generate", prompts[0], *args]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == (prompts[0] + texts[0]).rstrip("\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    assert main(["generate", "--batch-file", str(tmp_path / "prompts.txt"), *args, "--json"]) == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == texts
 
 
 def test_rows_of_a_batch_wait_for_their_turn(capsys):
