@@ -67,6 +67,9 @@ LINEAR_REAL = [
     Linear(1, 1792, 6144),
     Linear(1, 49152, 768),
     Linear(2, 49280, 256),
+    Linear(1, 50257, 768),
+    Linear(13, 51200, 64),
+    Linear(1, 1024, 5120),
 ]
 
 ATTENTION = [
@@ -101,6 +104,8 @@ ATTENTION_REAL = [
     Attention(1, 3, 511, 32, 8, 128),
     Attention(1, 33, 100, 32, 32, 80),
     Attention(1, 2, 130, 16, 16, 256),
+    Attention(1, 1, 300, 20, 20, 64),
+    Attention(1, 17, 40, 24, 24, 256),
 ]
 
 QKV = [  # (heads, kv heads, head_dim, width)
