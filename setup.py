@@ -23,7 +23,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if shutil.which("cmake") is None:
             sys.exit("alula needs CMake 3.25 or newer to build: pip install cmake ninja")
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        targets = [Path(self.get_ext_fullpath(ext.name)).resolve().parent]
+        if self.editable_mode:  # the package is used from the checkout, so the compiled files belong there too
+            targets.append(ROOT / "python" / "alula")
         build = ROOT / "build" / f"{sys.implementation.cache_tag}"
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -32,7 +34,8 @@ class CMakeBuild(build_ext):
         ]
         subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(target)], check=True)
+        for target in targets:
+            subprocess.run(["cmake", "--install", str(build), "--prefix", str(target)], check=True)
 
 
 setup(ext_modules=[Extension("alula._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
