@@ -102,6 +102,18 @@ def embedding_arguments() -> Change:
     ("types negative", lambda: {"token_type_ids": ids(2, 3, fill=-3)}, ("token_type_ids", "-3")),
     ("types of another shape", lambda: {"token_type_ids": ids(2, 4)}, ("token_type_ids", r"\[2, 4\]", r"\[2, 3\]")),
     ("types transposed", lambda: {"token_type_ids": ids(3, 2)}, ("token_type_ids", r"\[3, 2\]", r"\[2, 3\]")),
+    (
+        "types beyond their table",
+        lambda: {"token_type_table": zeros(2, 8), "token_type_ids": ids(2, 3, fill=2)},
+        ("token_type_ids", r"\b2\b", r"\b1\b"),
+    ),
+    ("table of types too wide", lambda: {"token_type_table": zeros(2, 9)}, ("token_type_table", r"\[2, 9\]", "8")),
+    ("table of types in half", lambda: {"token_type_table": zeros(2, 8).half()}, ("token_type_table", "(?i)half")),
+    (
+        "table of types alone",
+        lambda: {"token_type_ids": None, "token_type_table": zeros(2, 8)},
+        ("token_type_table", "token_type_ids"),
+    ),
     ("on two devices", lambda: {"position_table": meta(5, 8)}, ("position_table", "device")),
 )
 def test_embedding(change: Callable[[], Change], words: tuple[str, ...]) -> None:

@@ -40,6 +40,25 @@ def test_types_without_positions(dtype: torch.dtype) -> None:
     assert_close(actual, reference.embedding(ids, table, token_type_ids=types), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scale", [1.0, 27.7])
+def test_own_table_of_types_and_scale(width: int, scale: float, dtype: torch.dtype, isa: str) -> None:
+    table, positions, types = (torch.randn(rows, width).to(dtype) for rows in (50, 20, 3))
+    ids = torch.randint(0, 50, (3, 5))
+    extra = {
+        "position_ids": torch.arange(5)[None],
+        "position_table": positions,
+        "token_type_ids": torch.randint(0, 3, (3, 5)),
+        "token_type_table": types.T.contiguous().T,
+        "scale": scale,
+    }
+    actual = ops.embedding(ids, ops.pack(table), **extra)
+    assert_close(actual, reference.embedding(ids, table, **extra), tolerance=1e-6)
+    del extra["position_ids"], extra["position_table"]
+    actual = ops.embedding(ids, ops.pack(table), **extra)
+    assert_close(actual, reference.embedding(ids, table, **extra), tolerance=1e-6)
+
+
 @pytest.mark.parametrize("layout", hostile.LAYOUTS)
 def test_layout_of_ids_and_positions_does_not_matter(layout: str, dtype: torch.dtype) -> None:
     table, positions = torch.randn(40, 19).to(dtype), torch.randn(16, 19).to(dtype)
@@ -97,6 +116,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     ids, position_ids = torch.randint(0, 40, (2, 5)), torch.arange(5)[None]
     torch.library.opcheck(torch.ops.alula.embedding, (ids, packed, 40, 24, None, None, None))
     torch.library.opcheck(torch.ops.alula.embedding, (ids, packed, 40, 24, position_ids, positions, ids))
+    types = torch.zeros_like(ids)
+    torch.library.opcheck(
+        torch.ops.alula.embedding, (ids, packed, 40, 24, position_ids, positions, types, positions, 2.0)
+    )
 
 
 def test_gradients_are_refused() -> None:

@@ -31,12 +31,12 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 
 Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embeddings, int64_t embedding_dim,
                  const OptionalTensor& position_ids, const OptionalTensor& position_table,
-                 const OptionalTensor& token_type_ids) {
+                 const OptionalTensor& token_type_ids, const OptionalTensor& token_type_table, double scale) {
   const DType dtype = check_packed_weight(packed, num_embeddings, embedding_dim);
   const Tensor ids = checked_ids(input_ids, "input_ids", num_embeddings, "the number of embeddings");
   ALULA_CHECK(position_ids.has_value() == position_table.has_value(),
               "position_ids and position_table go together; one of them is missing");
-  OptionalTensor positions, table, types;
+  OptionalTensor positions, table, types, type_table;
   if (position_table) {
     check_cpu(*position_table, "position_table");
     check_shape(*position_table, "position_table", {-1, embedding_dim}, "[positions, E]");
@@ -49,8 +49,16 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
     ALULA_CHECK(one_row || same_shape(*positions, ids), "position_ids has shape ", shape_of(*position_ids),
                 "; expected that of input_ids, ", shape_of(input_ids), ", or one row of it");
   }
+  ALULA_CHECK(token_type_ids || !token_type_table, "token_type_table is given without token_type_ids");
+  if (token_type_table) {
+    check_cpu(*token_type_table, "token_type_table");
+    check_shape(*token_type_table, "token_type_table", {-1, embedding_dim}, "[token types, E]");
+    check_dtype(*token_type_table, "token_type_table", packed.scalar_type(), "the packed table");
+    type_table = as_contiguous(token_type_table);
+  }
   if (token_type_ids) {
-    types = checked_ids(*token_type_ids, "token_type_ids", num_embeddings, "the number of embeddings");
+    types = checked_ids(*token_type_ids, "token_type_ids", type_table ? type_table->size(0) : num_embeddings,
+                        type_table ? "the number of token types" : "the number of embeddings");
     ALULA_CHECK(same_shape(*types, ids), "token_type_ids has shape ", shape_of(*token_type_ids),
                 "; expected that of input_ids, ", shape_of(input_ids));
   }
@@ -66,7 +74,9 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
       .width = embedding_dim,
       .table = packed.const_data_ptr(),
       .input_ids = static_cast<const int64_t*>(ids.const_data_ptr()),
+      .scale = static_cast<float>(scale),
       .token_type_ids = ids_or_null(types),
+      .token_type_table = data_or_null(type_table),
       .position_ids = ids_or_null(positions),
       .position_period = positions ? positions->numel() : 1,
       .position_table = data_or_null(table),

@@ -1,4 +1,4 @@
-// embedding: the sum of a word row, a position row and a token-type row, in fp32.
+// embedding: the sum of a word row times a scale, a position row and a token-type row, in fp32.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,9 @@ struct EmbeddingArgs {
   int64_t width;                  // E
   const void* table;              // packed [V, E] (cpu/panel_gemm_args.h)
   const int64_t* input_ids;       // [tokens]
-  const int64_t* token_type_ids;  // [tokens], rows of the same table; may be null
+  float scale;                    // of the word row
+  const int64_t* token_type_ids;  // [tokens]; may be null
+  const void* token_type_table;   // [Y, E], plain; null: token types are rows of `table`, too
   const int64_t* position_ids;    // [position_period], token t takes entry t % position_period; may be null
   int64_t position_period;
   const void* position_table;  // [P, E], plain; null with position_ids

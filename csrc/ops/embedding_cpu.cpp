@@ -26,16 +26,30 @@ void embed_as(const EmbeddingArgs& args, int64_t first, int64_t last) {
       return static_cast<const W*>(args.table) + id / kPanel * panel_size + id % kPanel * kPair;
     };
     const W* word = row_of(args.input_ids[token]);
-    const W* type = args.token_type_ids ? row_of(args.token_type_ids[token]) : nullptr;
+    const W *type = nullptr, *plain_type = nullptr;
+    if (args.token_type_ids) {
+      const int64_t id = args.token_type_ids[token];
+      if (args.token_type_table) {
+        plain_type = static_cast<const W*>(args.token_type_table) + id * args.width;
+      } else {
+        type = row_of(id);
+      }
+    }
     const auto at = [](const W* row, int64_t k) { return to_float(row[k / kPair * kPanel * kPair + k % kPair]); };
     for (int64_t begin = 0; begin < args.width; begin += kChunk) {
       const int64_t count = args.width - begin < kChunk ? args.width - begin : kChunk;
       for (int64_t i = 0; i < count; i++) sum[i] = at(word, begin + i);
+      if (args.scale != 1.0f) {
+        for (int64_t i = 0; i < count; i++) sum[i] *= args.scale;
+      }
       if (position) {
         for (int64_t i = 0; i < count; i++) sum[i] += to_float(position[begin + i]);
       }
       if (type) {
         for (int64_t i = 0; i < count; i++) sum[i] += at(type, begin + i);
+      }
+      if (plain_type) {
+        for (int64_t i = 0; i < count; i++) sum[i] += to_float(plain_type[begin + i]);
       }
       for (int64_t i = 0; i < count; i++) out[begin + i] = from_float<W>(sum[i]);
     }

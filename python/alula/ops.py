@@ -111,6 +111,8 @@ def embedding(
     position_ids: Tensor | None = None,
     position_table: Tensor | None = None,
     token_type_ids: Tensor | None = None,
+    token_type_table: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """Sum of embeddings, added in float32 and rounded once.
 
@@ -118,13 +120,23 @@ def embedding(
         input_ids: int64 [B, T], each in [0, V).
         table: packed [V, E]; may be the same object as the packed output matrix of a tied model.
         position_ids: int64 [B, T] or [1, T], each in [0, P); needs ``position_table`` [P, E] (not packed).
-        token_type_ids: int64 [B, T]; rows of ``table`` added on top, as GPT-2 and GPTBigCode do.
+        token_type_ids: int64 [B, T]; rows of ``table`` added on top, as GPT-2 and GPTBigCode do, or rows of
+            ``token_type_table`` [types, E] (not packed), as BigBird does.
+        scale: multiplies the row of ``table`` that ``input_ids`` names.
 
     Returns: [B, T, E] in the table's dtype. Raises RuntimeError for an id out of range, naming it.
     """
-    _refuse_grad(table.data, position_table)
+    _refuse_grad(table.data, position_table, token_type_table)
     return torch.ops.alula.embedding(
-        input_ids, table.data, table.out_features, table.in_features, position_ids, position_table, token_type_ids
+        input_ids,
+        table.data,
+        table.out_features,
+        table.in_features,
+        position_ids,
+        position_table,
+        token_type_ids,
+        token_type_table,
+        scale,
     )
 
 
@@ -364,13 +376,24 @@ def _(packed, out_features, in_features):
 
 
 @torch.library.register_fake("alula::embedding")
-def _(input_ids, packed, num_embeddings, embedding_dim, position_ids, position_table, token_type_ids):
+def _(
+    input_ids,
+    packed,
+    num_embeddings,
+    embedding_dim,
+    position_ids,
+    position_table,
+    token_type_ids,
+    token_type_table=None,
+    scale=1.0,
+):
     _same_device(
         input_ids=input_ids,
         packed=packed,
         position_ids=position_ids,
         position_table=position_table,
         token_type_ids=token_type_ids,
+        token_type_table=token_type_table,
     )
     return packed.new_empty([*input_ids.shape, embedding_dim])
 

@@ -34,18 +34,21 @@ def embedding(
     position_ids: Tensor | None = None,
     position_table: Tensor | None = None,
     token_type_ids: Tensor | None = None,
+    token_type_table: Tensor | None = None,
+    scale: float = 1.0,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """table[input_ids] (+ position_table[position_ids]) (+ table[token_type_ids]).
+    """scale * table[input_ids] (+ position_table[position_ids]) (+ types[token_type_ids]).
 
     input_ids, token_type_ids: [B, T] int64; position_ids: [B, T] or [1, T] int64; table: [V, E];
-    position_table: [P, E]. Returns [B, T, E].
+    position_table: [P, E]; types: token_type_table [Y, E], or table where there is none. Returns [B, T, E].
     """
-    y = table.to(compute_dtype)[input_ids]
+    y = scale * table.to(compute_dtype)[input_ids]
     if position_table is not None:
         y = y + position_table.to(compute_dtype)[position_ids]
     if token_type_ids is not None:
-        y = y + table.to(compute_dtype)[token_type_ids]
+        types = table if token_type_table is None else token_type_table
+        y = y + types.to(compute_dtype)[token_type_ids]
     return y
 
 
