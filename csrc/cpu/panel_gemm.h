@@ -13,6 +13,7 @@
 #include "core/dispatch.h"
 #include "cpu/norm.h"
 #include "cpu/panel_gemm_args.h"
+#include "cpu/quantized_gemm.h"
 #include "cpu/tile.h"
 
 namespace alula::ALULA_ISA {
@@ -32,10 +33,10 @@ constexpr int64_t packed_row_size(int64_t k) {
 }
 
 // Row `index` of X, normed if asked, to `a`, a row of a packed block of `rows` rows. Values beyond K, up to whole
-// steps, are zero.
-template <typename W>
+// steps, are zero. X has the dtype W and is packed to meet a weight of dtype As.
+template <typename W, typename As>
 inline void pack_x_row(const PanelGemmArgs& args, int64_t index, float* a, int rows) {
-  constexpr int64_t kBlock = kBlockSteps<W> * Operand<W>::kStep;  // values
+  constexpr int64_t kBlock = kBlockSteps<As> * Operand<As>::kStep;  // values
   const W* x = static_cast<const W*>(args.x) + index * args.k;
   const W* weight = static_cast<const W*>(args.norm_weight);
   const W* bias = static_cast<const W*>(args.norm_bias);
@@ -43,7 +44,7 @@ inline void pack_x_row(const PanelGemmArgs& args, int64_t index, float* a, int r
   if (weight) moments = moments_of(args.k, args.norm_eps, [x](int64_t i, int n) { return load(x + i, n); });
 
   for (int64_t begin = 0; begin < args.k; begin += kBlock) {
-    auto* out = reinterpret_cast<typename Operand<W>::Value*>(a);
+    auto* out = reinterpret_cast<typename Operand<As>::Value*>(a);
     const int64_t count = args.k - begin < kBlock ? args.k - begin : kBlock;
     for (int64_t i = 0; i < count; i += Vec::kWidth) {  // whole registers: the line after a block has room for the last
       const int n = static_cast<int>(count - i < Vec::kWidth ? count - i : Vec::kWidth);
@@ -52,21 +53,21 @@ inline void pack_x_row(const PanelGemmArgs& args, int64_t index, float* a, int r
         value = normalize(value, moments, load(weight + begin + i, n), bias ? load(bias + begin + i, n) : zero());
         if (n < Vec::kWidth) value = first(value, n);
       }
-      if constexpr (Operand<W>::kStep == 2 && Operand<W>::kUnits == 2) value = round_to_bf16(value);
+      if constexpr (Operand<As>::kStep == 2 && Operand<As>::kUnits == 2) value = round_to_bf16(value);
       store(out + i, value);
     }
-    a += rows * kRowStride<W>;
+    a += rows * kRowStride<As>;
   }
 }
 
-template <typename W>
+template <typename W, typename As = W>
 void pack_rows_of(const PanelGemmArgs& args, int64_t first, int64_t last, void* packed) {
-  const int64_t row_size = packed_row_size<W>(args.k);
+  const int64_t row_size = packed_row_size<As>(args.k);
   for (int64_t block = first; block < last; block++) {
     const int64_t begin = block * kRows;
     const int rows = static_cast<int>(args.m - begin < kRows ? args.m - begin : kRows);
     float* a = static_cast<float*>(packed) + begin * row_size;
-    for (int row = 0; row < rows; row++) pack_x_row<W>(args, begin + row, a + row * kRowStride<W>, rows);
+    for (int row = 0; row < rows; row++) pack_x_row<W, As>(args, begin + row, a + row * kRowStride<As>, rows);
   }
 }
 
@@ -123,14 +124,29 @@ ALULA_INLINE void for_each_column(const W* bias, int64_t n, int64_t panel, const
   }
 }
 
-inline int64_t packed_row_bytes(DType dtype, int64_t k) {
-  return dispatch_dtype(dtype, [&](auto tag) {
-    return packed_row_size<typename decltype(tag)::Type>(k) * static_cast<int64_t>(sizeof(float));
+inline int64_t packed_row_bytes(const PanelGemmArgs& args) {
+  if (args.format.kind != WeightKind::kDense) return quantized_row_bytes(args);
+  return dispatch_dtype(args.dtype, [&](auto tag) {
+    return packed_row_size<typename decltype(tag)::Type>(args.k) * static_cast<int64_t>(sizeof(float));
   });
 }
 
 inline void pack_rows(const PanelGemmArgs& args, int64_t first, int64_t last, void* packed) {
+  if (args.format.kind != WeightKind::kDense) return pack_quantized_rows(args, first, last, packed);
   dispatch_dtype(args.dtype, [&](auto tag) { pack_rows_of<typename decltype(tag)::Type>(args, first, last, packed); });
+}
+
+// multiply_panels for a weight of either kind.
+template <typename W, typename Epilogue>
+void multiply_weight(const PanelGemmArgs& args, const void* packed, int64_t first_panel, int64_t last_panel,
+                     int64_t first_block, int64_t last_block, const Epilogue& epilogue) {
+  if (args.format.kind == WeightKind::kDense) {
+    return multiply_panels<W>(args, packed, first_panel, last_panel, first_block, last_block, epilogue);
+  }
+  const auto write = [](const void* context, int64_t row, int64_t panel, int64_t rows, const float* c) {
+    (*static_cast<const Epilogue*>(context))(row, panel, rows, c);
+  };
+  multiply_quantized_panels(args, packed, first_panel, last_panel, first_block, last_block, {write, &epilogue});
 }
 
 constexpr PanelGemmKernels kPanelGemm = {kRows, packed_row_bytes, pack_rows};

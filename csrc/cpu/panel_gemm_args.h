@@ -4,15 +4,16 @@
 #include <cstdint>
 
 #include "core/types.h"
+#include "cpu/weight_format.h"
 
 namespace alula {
 
 // X [M, K] times W^T, W [N, K] packed in panels of 32 rows, K-major (tile.h):
 //   fp32, f16   [ceil(N/32)][K][32]
 //   bf16        [ceil(N/32)][ceil(K/2)][32][2]
-// Panels are padded with zero rows, pairs with a zero.
+// Panels are padded with zero rows, pairs with a zero. Quantized: cpu/weight_format.h, for X of any dtype.
 struct PanelGemmArgs {
-  DType dtype;              // of every tensor here
+  DType dtype;              // of every tensor here; of all but the weight where that is quantized
   const void* x;            // [M, K], rows contiguous
   const void* weight;       // packed
   const void* bias;         // [N], may be null
@@ -20,6 +21,7 @@ struct PanelGemmArgs {
   const void* norm_bias;    // [K], may be null
   float norm_eps;
   int64_t m, n, k;
+  WeightFormat format = {};  // dense
 };
 
 constexpr int64_t kPanelRows = 32;       // rows of W in a panel
@@ -31,7 +33,7 @@ inline int64_t num_panels(int64_t n) { return (n + kPanelRows - 1) / kPanelRows;
 struct PanelGemmKernels {
   int rows_per_block;
   // Bytes of X packed: rows rounded to nothing, so block b starts at b * rows_per_block * packed_row_bytes.
-  int64_t (*packed_row_bytes)(DType dtype, int64_t k);
+  int64_t (*packed_row_bytes)(const PanelGemmArgs& args);
   // Layer norm, conversion and packing of blocks [first, last) of X into `packed`.
   void (*pack_rows)(const PanelGemmArgs& args, int64_t first, int64_t last, void* packed);
 };

@@ -12,6 +12,11 @@ namespace alula {
 // Up to this many values of X every thread packs all of X for itself: cheaper than meeting at a barrier (about 3 us).
 constexpr int64_t kPackAloneValues = 16 * 1024;
 
+inline const char* kind_name(WeightKind kind) {
+  constexpr const char* kNames[] = {"dense", "int8", "int4", "int4_asymmetric", "nf4"};
+  return kNames[static_cast<int>(kind)];
+}
+
 // multiply(packed, first_panel, last_panel, first_block, last_block) on every thread's share. `op` is for the trace.
 template <typename Multiply>
 void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKernels& kernels,
@@ -20,7 +25,7 @@ void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKe
   if (args.m == 0 || args.n == 0) return;
   const int64_t blocks = (args.m + kernels.rows_per_block - 1) / kernels.rows_per_block;
   const int64_t panels = num_panels(args.n);
-  const auto bytes = static_cast<size_t>(args.m * kernels.packed_row_bytes(args.dtype, args.k));
+  const auto bytes = static_cast<size_t>(args.m * kernels.packed_row_bytes(args));
 
   // Threads split the panels; where there are fewer panels than threads, they split the rows too.
   const int64_t threads = num_threads();
@@ -34,8 +39,13 @@ void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKe
 
   const bool packs_alone = args.m * args.k <= kPackAloneValues;
   ALULA_TRACE(op, args.dtype, size_class(args.m), " rows, ", args.k, " -> ", args.n,
-              args.norm_weight ? ", layer norm" : "", ": panels over ", across, ", row blocks over ", down,
-              " threads, x packed by ", packs_alone ? "each for itself" : "all together");
+              args.norm_weight ? ", layer norm" : "", ", ", kind_name(args.format.kind),
+              args.format.group_size ? " groups of " + std::to_string(args.format.group_size) : "",
+              args.format.kind == WeightKind::kDense ? " weight"
+              : args.format.full_activations         ? " weight, full activations"
+                                                     : " weight, int8 activations",
+              ": panels over ", across, ", row blocks over ", down, " threads, x packed by ",
+              packs_alone ? "each for itself" : "all together");
   if (packs_alone) {
     parallel_parts(across * down, [&](int64_t part) {
       void* packed = thread_scratch<PackedX>().reserve(bytes);
@@ -54,9 +64,12 @@ inline void check_activation(int64_t code) {
               " is unknown; accepted: 0 to 5 (alula.ops.ACTIVATIONS)");
 }
 
-// Checks a packed weight against N and K and returns its dtype.
+// Checks a dense packed weight against N and K and returns its dtype.
 inline DType check_packed_weight(const Tensor& weight, int64_t out_features, int64_t in_features) {
   check_cpu(weight, "weight");
+  ALULA_CHECK(weight.scalar_type() != ScalarType::Byte,
+              "weight holds the bytes of a quantized weight, but format is 0 ",
+              "(dense); give the format it was packed with (alula.ops.PackedWeight.code)");
   const DType dtype = value_dtype(weight, "weight");
   ALULA_CHECK(out_features >= 0, "out_features is ", out_features, "; it must not be negative");
   const bool paired = dtype == DType::kBFloat16;
@@ -69,6 +82,52 @@ inline DType check_packed_weight(const Tensor& weight, int64_t out_features, int
       in_features,
       "] (out_features, in_features); pack the plain weight with alula.ops.pack, and give an input of its in_features");
   return dtype;
+}
+
+// The format that PackedWeight.code stands for, see WeightFormat.
+inline WeightFormat checked_format(int64_t code) {
+  const int64_t kind = code & 15, group = code >> 8;
+  const bool known = code >= 0 && kind <= 4 && (code & 0xe0) == 0;
+  ALULA_CHECK(known, "format code ", code, " is unknown; accepted: alula.ops.PackedWeight.code of a packed weight");
+  const auto k = static_cast<WeightKind>(kind);
+  const bool fits = !has_4bit_codes(k)      ? group == 0
+                    : k == WeightKind::kNf4 ? group == 64
+                                            : group == 32 || group == 64 || group == 128;
+  ALULA_CHECK(fits, "group_size ", group, " does not go with format ", kind_name(k),
+              "; accepted: 0 for dense and int8, 32, 64 or 128 for int4 and int4_asymmetric, 64 for nf4");
+  return {k, (code & 16) != 0, static_cast<int>(group)};
+}
+
+inline void check_quantized_weight(const Tensor& weight, WeightFormat format, int64_t out_features,
+                                   int64_t in_features) {
+  check_cpu(weight, "weight");
+  check_dtype(weight, "weight", ScalarType::Byte, "a quantized weight");
+  ALULA_CHECK(out_features >= 0, "out_features is ", out_features, "; it must not be negative");
+  const int64_t bytes = panel_bytes(format, in_features);
+  const bool fits = weight.dim() == 2 && weight.is_contiguous() && weight.size(0) == num_panels(out_features) &&
+                    weight.size(1) == bytes;
+  ALULA_CHECK(fits, "weight of shape ", shape_of(weight), " is not what alula::quantize_weight makes of [",
+              out_features, ", ", in_features, "] (out_features, in_features) as ", kind_name(format.kind),
+              ", group_size ", format.group_size, ": [", num_panels(out_features), ", ", bytes,
+              "]; the tensor is truncated, or goes with another format or another input");
+}
+
+// A weight of either kind for x [.., K], whose dtype it is checked against (dense) or whose dtype it takes (quantized).
+struct CheckedWeight {
+  DType dtype;
+  WeightFormat format;
+  const char* like;  // what asks for that dtype
+};
+inline CheckedWeight checked_weight(const Tensor& weight, int64_t format_code, int64_t out_features, const Tensor& x) {
+  const int64_t in_features = x.size(x.dim() - 1);
+  if (format_code == 0) [[likely]] {
+    const DType dtype = check_packed_weight(weight, out_features, in_features);
+    check_dtype(x, "x", weight.scalar_type(), "the weight");
+    return {dtype, {}, "the weight"};
+  }
+  const WeightFormat format = checked_format(format_code);
+  check_quantized_weight(weight, format, out_features, in_features);
+  return {value_dtype(x, "x"), format, "x"};
 }
 
 }  // namespace alula

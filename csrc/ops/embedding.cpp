@@ -31,8 +31,18 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 
 Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embeddings, int64_t embedding_dim,
                  const OptionalTensor& position_ids, const OptionalTensor& position_table,
-                 const OptionalTensor& token_type_ids, const OptionalTensor& token_type_table, double scale) {
-  const DType dtype = check_packed_weight(packed, num_embeddings, embedding_dim);
+                 const OptionalTensor& token_type_ids, const OptionalTensor& token_type_table, double scale,
+                 int64_t format_code, std::optional<ScalarType> out_dtype) {
+  const WeightFormat format = checked_format(format_code);
+  if (format.kind == WeightKind::kDense) {
+    check_packed_weight(packed, num_embeddings, embedding_dim);
+    ALULA_CHECK(!out_dtype || *out_dtype == packed.scalar_type(), "dtype is ", name_of(*out_dtype),
+                "; a dense table gives its own, ", name_of(packed.scalar_type()));
+  } else {
+    check_quantized_weight(packed, format, num_embeddings, embedding_dim);
+    ALULA_CHECK(out_dtype, "dtype is missing; a quantized table has none, give that of the result");
+  }
+  const ScalarType scalar_type = out_dtype ? *out_dtype : packed.scalar_type();
   const Tensor ids = checked_ids(input_ids, "input_ids", num_embeddings, "the number of embeddings");
   ALULA_CHECK(position_ids.has_value() == position_table.has_value(),
               "position_ids and position_table go together; one of them is missing");
@@ -40,7 +50,7 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
   if (position_table) {
     check_cpu(*position_table, "position_table");
     check_shape(*position_table, "position_table", {-1, embedding_dim}, "[positions, E]");
-    check_dtype(*position_table, "position_table", packed.scalar_type(), "the packed table");
+    check_dtype(*position_table, "position_table", scalar_type, "the packed table");
     table = as_contiguous(position_table);
     positions = checked_ids(*position_ids, "position_ids", table->size(0), "the number of positions");
     // The same positions for every row of the batch, or one for each token.
@@ -53,7 +63,7 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
   if (token_type_table) {
     check_cpu(*token_type_table, "token_type_table");
     check_shape(*token_type_table, "token_type_table", {-1, embedding_dim}, "[token types, E]");
-    check_dtype(*token_type_table, "token_type_table", packed.scalar_type(), "the packed table");
+    check_dtype(*token_type_table, "token_type_table", scalar_type, "the packed table");
     type_table = as_contiguous(token_type_table);
   }
   if (token_type_ids) {
@@ -65,12 +75,14 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
 
   std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
   sizes.push_back(embedding_dim);
-  Tensor out = torch::stable::empty(sizes, packed.scalar_type());
+  Tensor out = torch::stable::empty(sizes, scalar_type);
+  const DType dtype = value_dtype(out, "the result");
   const auto ids_or_null = [](const OptionalTensor& t) {
     return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
   };
   const EmbeddingArgs args = {
       .dtype = dtype,
+      .format = format,
       .width = embedding_dim,
       .table = packed.const_data_ptr(),
       .input_ids = static_cast<const int64_t*>(ids.const_data_ptr()),

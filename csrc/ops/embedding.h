@@ -5,13 +5,15 @@
 
 #include "core/types.h"
 #include "cpu/isa.h"
+#include "cpu/weight_format.h"
 
 namespace alula {
 
 struct EmbeddingArgs {
-  DType dtype;
+  DType dtype;                    // of the result, of the position table and of a dense table
+  WeightFormat format;            // of the table
   int64_t width;                  // E
-  const void* table;              // packed [V, E] (cpu/panel_gemm_args.h)
+  const void* table;              // packed [V, E] (cpu/panel_gemm_args.h, cpu/weight_format.h)
   const int64_t* input_ids;       // [tokens]
   float scale;                    // of the word row
   const int64_t* token_type_ids;  // [tokens]; may be null

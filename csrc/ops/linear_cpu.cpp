@@ -36,7 +36,7 @@ void multiply_as(const LinearArgs& args, const void* packed, int64_t first_panel
       write_rows<W, Activation::kRelu>, write_rows<W, Activation::kSilu>,     write_rows<W, Activation::kTanh>,
   };
   const Writer write = kWriters[args.activation];
-  multiply_panels<W>(
+  multiply_weight<W>(
       args.gemm, packed, first_panel, last_panel, first_block, last_block,
       [&](int64_t row, int64_t panel, int64_t rows, const float* c) { write(args, row, panel, rows, c); });
 }

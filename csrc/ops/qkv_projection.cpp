@@ -12,7 +12,8 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
                       const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
                       int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, const Tensor& kv_cache,
                       const Tensor& positions, const OptionalTensor& rotary_table,
-                      const OptionalTensor& rotary_positions, const OptionalTensor& mlp, int64_t mlp_activation) {
+                      const OptionalTensor& rotary_positions, const OptionalTensor& mlp, int64_t mlp_activation,
+                      int64_t format) {
   check_cpu(x, "x");
   ALULA_CHECK(x.dim() == 3, "x has shape ", shape_of(x), "; expected [B, T, E]");
   const int64_t batch = x.size(0), tokens = x.size(1), k = x.size(2);
@@ -20,14 +21,13 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   ALULA_CHECK(!mlp || mlp->dim() == 3, "mlp has shape ", shape_of(*mlp), "; expected [B, T, F]");
   const int64_t mlp_features = mlp ? mlp->size(mlp->dim() - 1) : 0;
   const int64_t n = (num_heads + 2 * num_kv_heads) * head_dim + mlp_features;
-  const DType dtype = check_packed_weight(weight, n, k);
-  check_dtype(x, "x", weight.scalar_type(), "the weight");
+  const CheckedWeight w = checked_weight(weight, format, n, x);
   ALULA_CHECK(norm_weight || !norm_bias, "norm_bias is given without norm_weight; give both, or norm_weight alone");
-  const OptionalTensor b = feature_vector(bias, "bias", n, weight, "the weight");
-  const OptionalTensor nw = feature_vector(norm_weight, "norm_weight", k, weight, "the weight");
-  const OptionalTensor nb = feature_vector(norm_bias, "norm_bias", k, weight, "the weight");
+  const OptionalTensor b = feature_vector(bias, "bias", n, x, w.like);
+  const OptionalTensor nw = feature_vector(norm_weight, "norm_weight", k, x, w.like);
+  const OptionalTensor nb = feature_vector(norm_bias, "norm_bias", k, x, w.like);
   check_kv_cache(kv_cache, batch, num_kv_heads, head_dim);
-  check_dtype(kv_cache, "kv_cache", weight.scalar_type(), "the weight");
+  check_dtype(kv_cache, "kv_cache", x.scalar_type(), w.like);
   check_own_memory(kv_cache, "kv_cache");
   const Tensor slots = checked_positions(positions, batch, tokens);
   const auto* slot = static_cast<const int32_t*>(slots.const_data_ptr());
@@ -47,7 +47,7 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   if (mlp) {
     check_cpu(*mlp, "mlp");
     check_shape(*mlp, "mlp", {batch, tokens, -1}, "[B, T, F]");
-    check_dtype(*mlp, "mlp", weight.scalar_type(), "the weight");
+    check_dtype(*mlp, "mlp", x.scalar_type(), w.like);
     check_own_memory(*mlp, "mlp");
     check_token_rows(*mlp, "mlp");
   }
@@ -56,8 +56,8 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   const Tensor input = as_contiguous(x);
   Tensor q = torch::stable::empty({batch, tokens, num_heads, head_dim}, x.scalar_type());
   const QkvProjectionArgs args = {
-      .gemm = {dtype, input.const_data_ptr(), weight.const_data_ptr(), data_or_null(b), data_or_null(nw),
-               data_or_null(nb), static_cast<float>(norm_eps), batch * tokens, n, k},
+      .gemm = {w.dtype, input.const_data_ptr(), weight.const_data_ptr(), data_or_null(b), data_or_null(nw),
+               data_or_null(nb), static_cast<float>(norm_eps), batch * tokens, n, k, w.format},
       .tokens = tokens,
       .num_heads = num_heads,
       .num_kv_heads = num_kv_heads,

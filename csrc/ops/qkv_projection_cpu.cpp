@@ -78,7 +78,7 @@ void multiply(const QkvProjectionArgs& args, const void* packed, int64_t first_p
               int64_t first_block, int64_t last_block) {
   dispatch_dtype(args.gemm.dtype, [&](auto tag) {
     using W = typename decltype(tag)::Type;
-    multiply_panels<W>(
+    multiply_weight<W>(
         args.gemm, packed, first_panel, last_panel, first_block, last_block,
         [&](int64_t row, int64_t panel, int64_t rows, const float* c) { write_rows<W>(args, row, panel, rows, c); });
   });

@@ -10,12 +10,11 @@ N output features, K input features, V vocabulary, P positions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from alula import _library  # noqa: F401  (loads the op library)
+from alula.packed_weight import PackedWeight, pack, refuse_grad
 
 __all__ = [
     "ACTIVATIONS",
@@ -49,39 +48,6 @@ ACTIVATIONS: dict[str, int] = {
 }
 
 
-class PackedWeight(NamedTuple):
-    """A weight [N, K] in the layout the kernels read: panels of 32 output rows, input features outermost.
-
-    ``data`` is opaque (its layout depends on the dtype), ``out_features`` is N, ``in_features`` is K.
-    """
-
-    data: Tensor
-    out_features: int
-    in_features: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
-
-    def unpack(self) -> Tensor:
-        """The weight as it was packed, [N, K], bit for bit."""
-        return torch.ops.alula.unpack_weight(self.data, self.out_features, self.in_features)
-
-
-def _refuse_grad(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    "alula has no backward yet: an input requires grad. "
-                    "Call under torch.no_grad() or torch.inference_mode(), or detach() the input."
-                )
-
-
 def _activation_code(activation: str) -> int:
     try:
         return ACTIVATIONS[activation]
@@ -93,15 +59,6 @@ def _refuse_width(x: Tensor, weight: PackedWeight) -> None:
     """The kernels see a packed weight rounded up to whole pairs and panels; here its sizes are known exactly."""
     if x.dim() and x.size(-1) != weight.in_features:
         raise ValueError(f"x has {x.size(-1)} features (shape {list(x.shape)}); the weight takes {weight.in_features}")
-
-
-def pack(weight: Tensor) -> PackedWeight:
-    """Pack a weight [N, K] (out, in; float32, bfloat16 or float16; any strides) for :func:`linear`,
-    :func:`qkv_projection` and :func:`embedding`."""
-    _refuse_grad(weight)
-    if weight.dim() != 2:
-        raise ValueError(f"pack takes a weight of two dimensions [out, in], not shape {list(weight.shape)}")
-    return PackedWeight(torch.ops.alula.pack_weight(weight), weight.shape[0], weight.shape[1])
 
 
 def embedding(
@@ -126,7 +83,7 @@ def embedding(
 
     Returns: [B, T, E] in the table's dtype. Raises RuntimeError for an id out of range, naming it.
     """
-    _refuse_grad(table.data, position_table, token_type_table)
+    refuse_grad(table.data, position_table, token_type_table)
     return torch.ops.alula.embedding(
         input_ids,
         table.data,
@@ -137,6 +94,8 @@ def embedding(
         token_type_ids,
         token_type_table,
         scale,
+        table.code,
+        table.value_dtype,
     )
 
 
@@ -155,15 +114,15 @@ def linear(
 
     Args:
         x: [..., K] in the weight's dtype (float32, bfloat16, float16), any strides.
-        weight: packed [N, K].
-        bias: [N]. residual: [..., N]. norm_weight, norm_bias: [K]. All in the weight's dtype.
+        weight: packed [N, K], dense or quantized; a quantized one takes x of any of the dtypes.
+        bias: [N]. residual: [..., N]. norm_weight, norm_bias: [K]. All in the dtype of x.
         activation: a name of ``ACTIVATIONS``.
 
     Returns: [..., N]. Everything between load and store is float32, except that the normed input is rounded to
     bfloat16 for a bfloat16 product. The sum over K runs in the same order for any number of rows, so a row's result
     does not depend, in any bit, on what else is in the batch.
     """
-    _refuse_grad(x, bias, residual, norm_weight, norm_bias)
+    refuse_grad(x, bias, residual, norm_weight, norm_bias)
     _refuse_width(x, weight)
     return torch.ops.alula.linear(
         x,
@@ -175,6 +134,7 @@ def linear(
         norm_eps,
         _activation_code(activation),
         residual,
+        weight.code,
     )
 
 
@@ -210,7 +170,7 @@ def qkv_projection(
 
     Returns: the query, [B, T, H, D].
     """
-    _refuse_grad(x, bias, kv_cache, norm_weight, norm_bias, mlp)
+    refuse_grad(x, bias, kv_cache, norm_weight, norm_bias, mlp)
     _refuse_width(x, weight)
     features = (num_heads + 2 * num_kv_heads) * head_dim + (mlp.size(-1) if mlp is not None and mlp.dim() else 0)
     if features != weight.out_features:
@@ -234,6 +194,7 @@ def qkv_projection(
         rotary_positions,
         mlp,
         _activation_code(mlp_activation),
+        weight.code,
     )
 
 
@@ -262,7 +223,7 @@ def rotary(
 
     Returns: turned q and k, of the dtype given; angles and products are float32.
     """
-    _refuse_grad(q, k)
+    refuse_grad(q, k)
     if inplace:
         torch.ops.alula.rotary_(q, k, positions, table, interleaved)
         return q, k
@@ -296,7 +257,7 @@ def attention(
     Returns: [B, T, H*D]. Scores, softmax and sums are float32. A row with no visible key is zeros.
     Algorithm: online softmax (Milakov and Gimelshein 2018) over key tiles, as in FlashAttention (Dao et al. 2022).
     """
-    _refuse_grad(q, kv_cache, mask, head_mask, out)
+    refuse_grad(q, kv_cache, mask, head_mask, out)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if out is not None:
@@ -323,7 +284,7 @@ def scaled_masked_softmax(
 
     Returns: the shape of ``scores``. A row with no visible key is zeros, never NaN.
     """
-    _refuse_grad(scores, mask)
+    refuse_grad(scores, mask)
     return torch.ops.alula.scaled_masked_softmax(scores, mask, scale, causal, dtype)
 
 
@@ -342,7 +303,7 @@ def layer_norm(
 
     Returns: the shape and dtype of ``x``.
     """
-    _refuse_grad(x, weight, bias, residual)
+    refuse_grad(x, weight, bias, residual)
     return torch.ops.alula.layer_norm(x, weight, bias, eps, residual)
 
 
@@ -360,21 +321,6 @@ def _same_device(**tensors: Tensor | None) -> None:
             )
 
 
-def _packed_shape(n: int, k: int, dtype: torch.dtype) -> list[int]:
-    panels = (n + 31) // 32
-    return [panels, (k + 1) // 2, 32, 2] if dtype == torch.bfloat16 else [panels, k, 32]
-
-
-@torch.library.register_fake("alula::pack_weight")
-def _(weight):
-    return weight.new_empty(_packed_shape(weight.shape[0], weight.shape[1], weight.dtype))
-
-
-@torch.library.register_fake("alula::unpack_weight")
-def _(packed, out_features, in_features):
-    return packed.new_empty([out_features, in_features])
-
-
 @torch.library.register_fake("alula::embedding")
 def _(
     input_ids,
@@ -386,6 +332,8 @@ def _(
     token_type_ids,
     token_type_table=None,
     scale=1.0,
+    format=0,
+    dtype=None,
 ):
     _same_device(
         input_ids=input_ids,
@@ -395,11 +343,11 @@ def _(
         token_type_ids=token_type_ids,
         token_type_table=token_type_table,
     )
-    return packed.new_empty([*input_ids.shape, embedding_dim])
+    return packed.new_empty([*input_ids.shape, embedding_dim], dtype=dtype)
 
 
 @torch.library.register_fake("alula::linear")
-def _(x, weight, out_features, bias, norm_weight, norm_bias, norm_eps, activation, residual):
+def _(x, weight, out_features, bias, norm_weight, norm_bias, norm_eps, activation, residual, format=0):
     _same_device(x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual)
     return x.new_empty([*x.shape[:-1], out_features])
 
@@ -421,6 +369,7 @@ def _(
     rotary_positions=None,
     mlp=None,
     mlp_activation=0,
+    format=0,
 ):
     _same_device(
         x=x,

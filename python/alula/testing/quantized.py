@@ -1,0 +1,142 @@
+"""The meaning of quantized weights and of products with them, in plain PyTorch and float64.
+
+A product with a quantized weight is the product with the dequantized weight (:func:`dequantize` reads the bytes as
+csrc/cpu/weight_format.h has them), up to what the kernel rounds. With full activations that is what a dense product
+rounds. With 8-bit activations each row x is cut into blocks b of K (the weight's group; 256 for int8) and becomes
+
+    x^ = s_b * round(x / s_b),  s_b = max |x| in b / 127
+
+so |x^ - x| <= s_b / 2 for each k, and the error of an output of the linear part is at most
+
+    |sum_k w_k (x^_k - x_k)| <= sum_b s_b / 2 * sum_{k in b} |w_k|.                                            (1)
+
+nf4 rounds its table too, to steps of 1/127 of a group's scale a_g, which adds at most
+
+    sum_k |w^_k - w_k| |x^_k| <= sum_g a_g / 254 * sum_{k in g} |x^_k|.                                        (2)
+
+An activation function multiplies both by its steepest slope (gelu: 1.129). :func:`activation_budget` is (1) + (2).
+A block with NaN or infinity in it makes its whole row NaN.
+
+N output features, K input features, g group size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alula.packed_weight import PackedWeight
+
+# Quantiles of a normal distribution (Dettmers et al. 2023, QLoRA, appendix E).
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+STEEPEST_SLOPE = 1.13  # of any activation function of alula.ops.ACTIVATIONS
+
+
+def block_size(packed: PackedWeight) -> int:
+    """K that shares an activation's scale."""
+    return packed.group_size or 256
+
+
+def codes_and_scales(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """The stored integers [N padded to 32, K padded], scales and least values [N padded, K padded] (float64, a value
+    for each weight), read byte by byte out of the panels."""
+    panels = packed.data.shape[0]
+    if packed.format == "int8":
+        scale = packed.data[:, :128].contiguous().view(torch.float32)  # [panels, 32]
+        codes = packed.data[:, 128:].reshape(panels, -1, 32, 4).transpose(1, 2).flatten(2)  # [panels, 32, K]
+        scale = scale.double()[..., None].expand(codes.shape)
+        return codes.flatten(0, 1).long(), scale.flatten(0, 1), torch.zeros_like(scale).flatten(0, 1)
+    g, header = packed.group_size, 128 if packed.format == "int4_asymmetric" else 64
+    groups = packed.data.view(panels, -1, header + g * 16)
+    scale = groups[..., :64].contiguous().view(torch.float16)  # [panels, groups, 32]
+    least = groups[..., 64:128].contiguous().view(torch.float16) if header == 128 else torch.zeros_like(scale)
+    halves = groups[..., header:].reshape(panels, -1, g // 4, 16, 4)  # a byte: rows r (low half) and r + 16
+    codes = torch.cat([halves & 15, halves >> 4], dim=3)  # [panels, groups, g / 4, 32, 4]
+    codes = codes.permute(0, 3, 1, 2, 4).reshape(panels * 32, -1).long()
+
+    def spread(x: Tensor) -> Tensor:
+        return x.double().transpose(1, 2).reshape(panels * 32, -1).repeat_interleave(g, dim=1)
+
+    return codes, spread(scale), spread(least)
+
+
+def dequantize(packed: PackedWeight) -> Tensor:
+    """The weight [N, K] in float64, exactly what the bytes mean."""
+    codes, scale, least = codes_and_scales(packed)
+    match packed.format:
+        case "int8":
+            w = (codes - 128) * scale
+        case "int4":
+            w = (codes - 8) * scale
+        case "int4_asymmetric":
+            w = codes * scale + least
+        case "nf4":
+            # The table is float32 in the kernels.
+            w = torch.tensor(NF4, dtype=torch.float32).double()[codes] * scale
+        case _:
+            raise ValueError(f"{packed.format} is not a quantized format")
+    return w[: packed.out_features, : packed.in_features]
+
+
+def weight_error_bound(weight: Tensor, packed: PackedWeight) -> Tensor:
+    """The largest |dequantized - weight| that each format may make, [N, K] in float64.
+
+    int8: half a step. int4: half a step, or a whole one at the end of the range that has no code of its own (+8).
+    int4_asymmetric: half a step and the rounding of the least value. nf4: half the widest gap of the table.
+    Scales and least values are rounded to fp16 (2^-11 relative, 2^-25 absolute): that moves the ends of the range.
+    """
+    w = weight.double()
+    _, scale, least = codes_and_scales(packed)
+    scale, least = (t[: packed.out_features, : packed.in_features].abs() for t in (scale, least))
+    if packed.format == "int8":
+        return scale * (0.5 + 1e-5)
+    if packed.format == "nf4":
+        return scale * (1.0 - 0.6961928009986877) / 2 + w.abs() * 2.0**-10 + 2.0**-24
+    if packed.format == "int4":
+        return scale * 1.0 + w.abs() * 2.0**-10 + 16 * 2.0**-24
+    return scale * (0.5 + 15 * 2.0**-11) + least * 2.0**-10 + 16 * 2.0**-24
+
+
+def round_activations(x: Tensor, packed: PackedWeight) -> Tensor:
+    """x^ of the module's docstring: x [..., K] as 8-bit activations see it, float64. Rounds in float32 as the kernels
+    do, so an x that is not normed first gives the very integers they use."""
+    g, k = block_size(packed), x.shape[-1]
+    padded = torch.nn.functional.pad(x.float(), (0, -k % g)).unflatten(-1, (-1, g))
+    largest = padded.abs().amax(-1, keepdim=True)
+    # A tensor over a tensor: a number over a tensor is rounded twice, as a reciprocal and as a product.
+    quotient = torch.where(largest > 2.0**-100, torch.full_like(largest, 127.0) / largest, 0.0)
+    integers = (padded * quotient).round()
+    rounded = integers.double() * (largest / 127.0).double()
+    return rounded.flatten(-2)[..., :k]
+
+
+def stored_table(packed: PackedWeight) -> Tensor:
+    """The weight [N, K] as 8-bit activations meet it: nf4 has its table in steps of 1/127, others are exact."""
+    if packed.format != "nf4":
+        return dequantize(packed)
+    codes, scale, _ = codes_and_scales(packed)
+    table = (torch.tensor(NF4, dtype=torch.float64) * 127).round() / 127
+    return (table[codes] * scale)[: packed.out_features, : packed.in_features]
+
+
+def activation_budget(x: Tensor, packed: PackedWeight) -> Tensor:
+    """(1) + (2) of the module's docstring: the largest error that 8-bit activations may cost each output, [..., N].
+
+    x: [..., K], after the layer norm where there is one.
+    """
+    if packed.activations == "full":
+        return torch.zeros(*x.shape[:-1], packed.out_features, dtype=torch.float64)
+    g, k = block_size(packed), x.shape[-1]
+    w = dequantize(packed).abs()
+    padded = torch.nn.functional.pad(x.double(), (0, -k % g)).unflatten(-1, (-1, g))
+    half_step = (padded.abs().amax(-1) / 127 / 2).repeat_interleave(g, dim=-1)[..., :k]
+    budget = half_step @ w.T
+    if packed.format == "nf4":
+        scale = codes_and_scales(packed)[1][: packed.out_features, :k]
+        budget = budget + (x.double().abs() + half_step) @ (scale / 254).T
+    return budget
