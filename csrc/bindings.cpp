@@ -1,4 +1,5 @@
 // alula._C: what is not a tensor op. No torch header is included here.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/peak.h"
+#include "ops/block_plan.h"
 
 namespace py = pybind11;
 
@@ -44,10 +46,59 @@ double peak_gflops(const std::string& kind, double seconds) {
   return operations / elapsed / 1e9;
 }
 
+using Indices = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+Indices to_array(const std::vector<int32_t>& values, std::vector<py::ssize_t> shape) {
+  return Indices(std::move(shape), values.data());
+}
+
+alula::BlockPlan reference_plan(const Indices& random) {
+  if (random.ndim() != 3)
+    throw py::value_error("random blocks have three dimensions: [heads, blocks - 2, random blocks]");
+  return alula::reference_plan(random.shape(1) + 2, random.shape(0), random.shape(2), random.data());
+}
+
+alula::BlockPlan pattern_plan(int64_t num_blocks, int64_t num_heads, int64_t window,
+                              const std::vector<int64_t>& global_blocks, const std::vector<int64_t>& token_blocks,
+                              int64_t num_random_blocks, uint64_t seed, bool is_causal) {
+  return alula::pattern_plan({.num_heads = num_heads,
+                              .num_blocks = num_blocks,
+                              .window = window,
+                              .global_blocks = global_blocks,
+                              .token_blocks = token_blocks,
+                              .num_random_blocks = num_random_blocks,
+                              .seed = seed,
+                              .is_causal = is_causal});
+}
+
+void bind_block_plan(py::module_& m) {
+  using alula::BlockPlan;
+  py::class_<BlockPlan>(m, "BlockPlan", "Lists of key blocks and counts; alula.BlockPlan is what users see.")
+      .def_static("reference", &reference_plan, py::arg("random"),
+                  "BigBird's pattern with these random blocks, int32 [heads, blocks - 2, random blocks].")
+      .def_static("pattern", &pattern_plan, py::kw_only(), py::arg("num_blocks"), py::arg("num_heads"),
+                  py::arg("window"), py::arg("global_blocks"), py::arg("token_blocks"), py::arg("num_random_blocks"),
+                  py::arg("seed"), py::arg("is_causal"), "A pattern of window, global and random blocks.")
+      .def_static("listed", &alula::listed_plan, py::arg("num_blocks"), py::arg("num_heads"), py::arg("starts"),
+                  py::arg("blocks"), "Lists as given; a block that occurs k times in a list gets the count k.")
+      .def_readonly("num_heads", &BlockPlan::num_heads)
+      .def_readonly("num_blocks", &BlockPlan::num_blocks)
+      .def_property_readonly(
+          "starts", [](const BlockPlan& p) { return to_array(p.starts, {p.num_heads, p.num_blocks + 1}); },
+          "int32 [heads, blocks + 1]: where each list begins in entries.")
+      .def_property_readonly(
+          "entries",
+          [](const BlockPlan& p) { return to_array(p.entries, {static_cast<py::ssize_t>(p.entries.size() / 2), 2}); },
+          "int32 [total, 2]: key block, count.")
+      .def(
+          "counts", [](const BlockPlan& p) { return to_array(p.counts(), {p.num_heads, p.num_blocks, p.num_blocks}); },
+          "int32 [heads, blocks, blocks]: counts, 0 where not listed, -1 for pairs with a global token only.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build, instruction set and machine facts of alula's compiled library.";
+  m.doc() = "Build, instruction set and machine facts of alula's compiled library, and block plans.";
   m.def("build_info", &build_info, "What this build is: version, compiler, torch ABI, CUDA or why there is none.");
   m.def("isa", [] { return alula::isa_name(alula::current_isa()); }, "The instruction set that the kernels use.");
   m.def("available_isas", &alula::available_isas, "The instruction sets that this CPU has, slowest first.");
@@ -55,4 +106,5 @@ PYBIND11_MODULE(_C, m) {
         "Use this instruction set from now on. Raises ValueError for one that is unknown or that this CPU lacks.");
   m.def("peak_gflops", &peak_gflops, py::arg("kind"), py::arg("seconds") = 0.2,
         "One core's measured rate in GFLOP/s, kind 'fp32_fma' or 'bf16_dot'; the GIL is released.");
+  bind_block_plan(m);
 }

@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(alula, m) {
   m.def("rotary_(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor table, bool is_interleaved) -> ()");
   m.def("attention(Tensor q, Tensor kv_cache, Tensor positions, Tensor lengths, Tensor? mask, Tensor? head_mask, float scale, bool causal) -> Tensor");
   m.def("attention_into(Tensor q, Tensor kv_cache, Tensor positions, Tensor lengths, Tensor? mask, Tensor? head_mask, float scale, bool causal, Tensor(a!) out) -> ()");
+  m.def("block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor entries, Tensor? global_tokens, int block_size, Tensor? first, Tensor? lengths, Tensor? mask, Tensor? head_mask, float scale, bool causal) -> Tensor");
   m.def("scaled_masked_softmax(Tensor scores, Tensor? mask, float scale, bool causal, ScalarType? dtype) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
 }

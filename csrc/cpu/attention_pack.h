@@ -55,13 +55,22 @@ ALULA_INLINE Vec multiply_units(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 
-// One key/value head of one row of the batch: slot j has its key at data + j * stride, its value D further.
+// One key/value head of one row of the batch: slot j has its key at data + j * stride, its value at values + j *
+// value_stride.
 template <typename W>
 struct KeyValues {
   const W* data;
   ptrdiff_t stride;
   int64_t head_dim;
+  const W* values;
+  ptrdiff_t value_stride;
 };
+
+// Of a merged cache: each value D behind its key.
+template <typename W>
+ALULA_INLINE KeyValues<W> merged(const W* data, ptrdiff_t stride, int64_t head_dim) {
+  return {data, stride, head_dim, data + head_dim, stride};
+}
 
 struct KeyTile {
   int64_t first;  // slot
@@ -127,21 +136,22 @@ ALULA_INLINE Vec load_value_units(const W* value, [[maybe_unused]] ptrdiff_t str
   return kWhole ? load(value) : load(value, lanes);
 }
 
-// Values of `tile` to v: [panels of 32 columns][keys / kStep][32]. The odd key's partner in a pair is zero.
+// Values of `tile` to v: [panels of 32 columns, panel_size units apart][keys / kStep][32]. The odd key's partner in a
+// pair is zero.
 template <typename W>
-void pack_values(const KeyValues<W>& source, const KeyTile& tile, float* v) {
-  const int64_t d = source.head_dim;
-  const W* values = source.data + tile.first * source.stride + d;
+void pack_values(const KeyValues<W>& source, const KeyTile& tile, float* v, int64_t panel_size = kValuePanelSize) {
+  const int64_t d = source.head_dim, stride = source.value_stride;
+  const W* values = source.values + tile.first * stride;
   for (int key = 0; key < tile.count; key += Units<W>::kStep) {
-    const W* value = values + key * source.stride;
+    const W* value = values + key * stride;
     const bool has_odd = key + 1 < tile.count;
     float* out = v + key / Units<W>::kStep * kPanel;
     for (int64_t column = 0; column < d; column += Vec::kWidth) {
-      float* to = out + column / kPanel * kValuePanelSize + column % kPanel;
+      float* to = out + column / kPanel * panel_size + column % kPanel;
       if (d - column >= Vec::kWidth) {
-        store(to, load_value_units<true>(value + column, source.stride, has_odd, Vec::kWidth));
+        store(to, load_value_units<true>(value + column, stride, has_odd, Vec::kWidth));
       } else {
-        store(to, load_value_units<false>(value + column, source.stride, has_odd, static_cast<int>(d - column)));
+        store(to, load_value_units<false>(value + column, stride, has_odd, static_cast<int>(d - column)));
       }
     }
   }

@@ -130,14 +130,15 @@ void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTil
     softmax_row<Units<W>::kStep == 2>(scores, visible, visible, maxima, denominators);
     merge_weights(1, query.maxima + row, query.denominators + row, maxima, denominators, alpha, beta);
 
-    const W* values = source.data + tile.first * source.stride + d;
+    const W* values = source.values + tile.first * source.value_stride;
+    const ptrdiff_t stride = source.value_stride;
     float* sums = query.sums + row * sum_stride(d);
-    int64_t column = add_column_groups<W, 8>(scores, visible, values, source.stride, d, 0, *alpha, *beta, sums);
-    column = add_column_groups<W, 4>(scores, visible, values, source.stride, d, column, *alpha, *beta, sums);
-    column = add_column_groups<W, 1>(scores, visible, values, source.stride, d, column, *alpha, *beta, sums);
+    int64_t column = add_column_groups<W, 8>(scores, visible, values, stride, d, 0, *alpha, *beta, sums);
+    column = add_column_groups<W, 4>(scores, visible, values, stride, d, column, *alpha, *beta, sums);
+    column = add_column_groups<W, 1>(scores, visible, values, stride, d, column, *alpha, *beta, sums);
     if (column < d) {
       const int lanes = static_cast<int>(d - column);
-      add_values<W, 1, false>(scores, visible, values + column, source.stride, lanes, *alpha, *beta, sums + column);
+      add_values<W, 1, false>(scores, visible, values + column, stride, lanes, *alpha, *beta, sums + column);
     }
   }
 }

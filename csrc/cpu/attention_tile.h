@@ -145,18 +145,16 @@ struct FetchAhead {
 template <typename W>
 constexpr int kFetchBytes = kTileColumns * Units<W>::kStep * static_cast<int>(sizeof(W));
 
-// done(row, vec, sum) gets a[row][0 .. steps) b[0 .. steps)[kVecs registers], a with kStride units from row to row.
-template <typename W, int kTileRows, int kVecs, int kStride, typename Done>
-ALULA_INLINE void multiply_rows(const float* a, const float* b, int64_t steps, FetchAhead& fetch, const Done& done) {
-  Vec acc[kTileRows][kVecs];
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; i++) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; v++) acc[i][v] = zero();
-  }
+// acc[row][vec] += a[row][0 .. steps) b[0 .. steps)[kVecs registers], a with kStride units from row to row. fetch:
+// null, or what each step fetches.
+template <typename W, int kStride, int kTileRows, int kVecs>
+ALULA_INLINE void accumulate_rows(const float* a, const float* b, int64_t steps, Vec (&acc)[kTileRows][kVecs],
+                                  FetchAhead* fetch) {
   for (int64_t s = 0; s < steps; s++) {
-    for (int byte = 0; byte < kFetchBytes<W>; byte += 64) prefetch(fetch.at + byte);
-    fetch.at += fetch.step;
+    if (fetch != nullptr) {  // known where this is inlined
+      for (int byte = 0; byte < kFetchBytes<W>; byte += 64) prefetch(fetch->at + byte);
+      fetch->at += fetch->step;
+    }
     Vec column[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; v++) column[v] = load(b + v * Vec::kWidth);
@@ -169,11 +167,34 @@ ALULA_INLINE void multiply_rows(const float* a, const float* b, int64_t steps, F
     a++;
     b += kPanel;
   }
+}
+
+template <int kTileRows, int kVecs>
+ALULA_INLINE void clear(Vec (&acc)[kTileRows][kVecs]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; i++) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; v++) acc[i][v] = zero();
+  }
+}
+
+// done(row, vec, sum) for every register of a tile.
+template <int kTileRows, int kVecs, typename Done>
+ALULA_INLINE void for_each_sum(const Vec (&acc)[kTileRows][kVecs], const Done& done) {
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; i++) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; v++) done(i, v, acc[i][v]);
   }
+}
+
+// done(row, vec, sum) gets a[row][0 .. steps) b[0 .. steps)[kVecs registers].
+template <typename W, int kTileRows, int kVecs, int kStride, typename Done>
+ALULA_INLINE void multiply_rows(const float* a, const float* b, int64_t steps, FetchAhead* fetch, const Done& done) {
+  Vec acc[kTileRows][kVecs];
+  clear(acc);
+  accumulate_rows<W, kStride>(a, b, steps, acc, fetch);
+  for_each_sum(acc, done);
 }
 
 template <typename W, int kTileRows>
@@ -193,7 +214,7 @@ void attend_block(const QueryTile& query, int row, const PackedKeyTile& keys, Fe
   for (int key = 0; key < most; key += kTileColumns) {
     const float* k = keys.k + key / kPanel * units * kPanel + key % kPanel;
     multiply_rows<W, kTileRows, kTileVecs, kQueryStride>(
-        query.q + row * kQueryStride, k, units, fetch, [&](int i, int v, Vec sum) {
+        query.q + row * kQueryStride, k, units, &fetch, [&](int i, int v, Vec sum) {
           store(scores + i * kScoreStride + key + v * Vec::kWidth, fma(sum, scale, bias));
         });
   }
@@ -217,9 +238,9 @@ void attend_block(const QueryTile& query, int row, const PackedKeyTile& keys, Fe
       store(to, fma(sum, broadcast(beta[i]), load(to) * broadcast(alpha[i])));
     };
     if (query.head_dim - column > Vec::kWidth) {
-      multiply_rows<W, kTileRows, kTileVecs, kScoreStride>(scores, v, steps, fetch, add);
+      multiply_rows<W, kTileRows, kTileVecs, kScoreStride>(scores, v, steps, &fetch, add);
     } else {
-      multiply_rows<W, kTileRows, 1, kScoreStride>(scores, v, steps, fetch, add);
+      multiply_rows<W, kTileRows, 1, kScoreStride>(scores, v, steps, &fetch, add);
     }
   }
 }

@@ -131,9 +131,9 @@ QueryTile open_tile(const AttentionArgs& args, const AttentionTile& tile, const 
 template <typename W>
 void attend_key_tile(const AttentionArgs& args, const AttentionTile& tile, const QueryTile& query, int64_t index,
                      float* packed) {
-  const KeyValues<W> source = {
-      static_cast<const W*>(args.kv_cache) + tile.batch * args.kv_strides[0] + tile.kv_head * args.kv_strides[1],
-      args.kv_strides[2], args.head_dim};
+  const KeyValues<W> source =
+      merged(static_cast<const W*>(args.kv_cache) + tile.batch * args.kv_strides[0] + tile.kv_head * args.kv_strides[1],
+             args.kv_strides[2], args.head_dim);
   const auto key_tile = [&](int64_t i) {
     const int64_t first = i * kKeysAtOnce, left = tile.limit - first;
     return KeyTile{first, static_cast<int>(left < 0 ? 0 : left < kKeysAtOnce ? left : kKeysAtOnce), 0.0f};

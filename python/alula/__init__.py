@@ -9,6 +9,7 @@ from alula._version import __version__
 
 if TYPE_CHECKING:  # what editors see
     from alula import ops
+    from alula.block_plan import BlockPlan
     from alula.cache import *
     from alula.config import *
     from alula.generation_config import *
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # what editors see
 # Where each public name lives. Modules are imported when a name of theirs is first used: `import alula` costs nothing.
 _EXPORTS = {
     "alula": ["ops"],
+    "alula.block_plan": ["BlockPlan"],
     "alula.cache": ["KVCache"],
     "alula.config": ["AutoConfig", "CodeGenConfig", "GPT2Config", "GPTBigCodeConfig"],
     "alula.generation_config": ["GenerationConfig"],

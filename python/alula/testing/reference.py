@@ -10,12 +10,15 @@ B batch, T query tokens, S cache slots, H query heads, G key/value heads, D head
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from alula.block_plan import BlockPlan
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -206,6 +209,50 @@ def attention(
         if head_mask is not None:
             p = p * head_mask.to(compute_dtype)[:, None, None]
         out[b] = (p @ value).transpose(0, 1)
+    return out.flatten(2)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan | Sequence[BlockPlan],
+    *,
+    first: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    scale: float | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Attention in which key j enters the softmax of query i as often as the plan counts their blocks.
+
+    q: [B, T, H, D]; k, v: [B, G, S, D], S >= T; plan: one for all rows of the batch, or one for each. Row b's blocks
+    start at column first[b] (0 when None) and its tokens are the lengths[b] columns from there (all when None) that
+    mask [B, T] (bool) has True for, as queries and as keys. head_mask: [H]; scale: D**-0.5 when None.
+    Other queries, and queries that see nothing, give zeros; what other keys hold has no influence. [B, T, H*D].
+    """
+    batch, tokens, num_heads, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    group = num_heads // k.shape[1]
+    out = torch.zeros(batch, tokens, num_heads, head_dim, dtype=compute_dtype)
+    for b in range(batch):
+        begin = 0 if first is None else int(first[b])
+        count = tokens - begin if lengths is None else int(lengths[b])
+        here = slice(begin, begin + count)
+        is_token = torch.ones(count, dtype=torch.bool) if mask is None else mask[b, here]
+        counts = torch.from_numpy((plan[b] if isinstance(plan, Sequence) else plan).to_dense())[:, :count, :count]
+        visible = (counts > 0) & is_token & is_token[:, None]
+        key, value = (
+            tensor[b, :, here].to(compute_dtype).masked_fill(~is_token[:, None], 0.0).repeat_interleave(group, dim=0)
+            for tensor in (k, v)
+        )
+        query = q[b, here].to(compute_dtype).transpose(0, 1).masked_fill(~is_token[:, None], 0.0)
+        times = counts.clamp(min=1).to(torch.promote_types(compute_dtype, torch.float32)).log()
+        p = _softmax(query @ key.transpose(-1, -2), times, scale, visible)
+        if head_mask is not None:
+            p = p * head_mask.to(compute_dtype)[:, None, None]
+        out[b, here] = (p.to(compute_dtype) @ value).transpose(0, 1)
     return out.flatten(2)
 
 
