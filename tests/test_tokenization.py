@@ -761,12 +761,12 @@ def test_auto_refuses(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="downloads nothing"):
         auto.from_pretrained("openai-community/gpt2")
     path = folder(config__json={"model_type": "llama"})
-    with pytest.raises(ValueError, match="model_type 'llama'; accepted: codegen, gpt2, gpt_bigcode"):
+    with pytest.raises(ValueError, match="model_type 'llama'; accepted: big_bird, codegen, gpt2, gpt_bigcode"):
         auto.from_pretrained(path)
     with pytest.raises(ValueError, match="tokenizer_type='llama' is unknown; accepted"):
         auto.from_pretrained(path, tokenizer_type="llama")
     path = folder(tokenizer_config__json={"tokenizer_class": "BertTokenizer"})
-    with pytest.raises(ValueError, match="tokenizer_class 'BertTokenizer' is unknown; accepted: CodeGenTokenizer"):
+    with pytest.raises(ValueError, match="tokenizer_class 'BertTokenizer' is unknown; accepted: BigBirdTokenizer"):
         auto.from_pretrained(path)
     for name in ("tokenizer_config.json", "config.json"):
         (path / name).unlink()

@@ -7,6 +7,7 @@ from typing import Any
 
 from alula.config import read_json
 from alula.tokenization.base import TokenizersBackend
+from alula.tokenization.big_bird import BigBirdTokenizer
 from alula.tokenization.codegen import CodeGenTokenizer
 from alula.tokenization.folder import CONFIG_FILE, TOKENIZER_FILE, find_folder
 from alula.tokenization.gpt2 import GPT2Tokenizer
@@ -15,13 +16,19 @@ __all__ = ["AutoTokenizer"]
 
 # `tokenizer_class` in tokenizer_config.json or config.json, without "Fast" at its end.
 _CLASSES = {
+    "BigBirdTokenizer": BigBirdTokenizer,
     "CodeGenTokenizer": CodeGenTokenizer,
     "GPT2Tokenizer": GPT2Tokenizer,
     "PreTrainedTokenizer": TokenizersBackend,
     "TokenizersBackend": TokenizersBackend,
 }
 # `model_type` in config.json, for folders that name no class.
-_MODEL_TYPES = {"codegen": CodeGenTokenizer, "gpt2": GPT2Tokenizer, "gpt_bigcode": TokenizersBackend}
+_MODEL_TYPES = {
+    "big_bird": BigBirdTokenizer,
+    "codegen": CodeGenTokenizer,
+    "gpt2": GPT2Tokenizer,
+    "gpt_bigcode": TokenizersBackend,
+}
 
 
 class AutoTokenizer:

@@ -105,10 +105,12 @@ class TokenizersBackend(TextCalls, SpecialTokens):
         tokens = [token for _, token in sorted(added_tokens_decoder.items())]
         known = {*self.added_tokens_encoder, *map(str, tokens)}
         named = [token for token in self._special_tokens_map.values() if token is not None]
+        new: list[Any] = []
         for token in [*named, *self._extra_special_tokens]:
-            if str(token) not in known:
-                known.add(str(token))
-                tokens.append(library.AddedToken(token, special=True) if isinstance(token, str) else token)
+            # One of a known name that differs (in the spaces it takes in) is added once more: the last one counts.
+            if str(token) not in known and not any(type(t) is type(token) and t == token for t in new):
+                new.append(token)
+        tokens += [library.AddedToken(token, special=True) if isinstance(token, str) else token for token in new]
         names = set(map(str, named))
         for token in tokens:
             token.special = token.special or str(token) in names
