@@ -1,4 +1,4 @@
-"""The command line: `alula generate`, `alula info`, `alula bench`.
+"""The command line: `alula generate`, `alula fill-mask`, `alula info`, `alula bench`.
 
 Exit codes: 0 done, 2 an error that one line on standard error explains, 130 Ctrl-C, 141 the reader of the output left.
 """
@@ -13,16 +13,17 @@ import warnings
 from typing import NoReturn
 
 from alula._version import __version__
-from alula.commands import CommandError, generate, info
+from alula.commands import CommandError, fill_mask, generate, info
 
 __all__ = ["main"]
 
-_DESCRIPTION = "Run GPTBigCode models (SantaCoder, StarCoder) from their Hugging Face checkpoints, fast."
+_DESCRIPTION = "Run GPTBigCode, GPT-2, CodeGen and BigBird models from their Hugging Face checkpoints, fast."
 _EXAMPLES = """\
 examples:
   alula generate "def fibonacci(n):"                   the small model that ships with alula
   alula generate --model starcoder --stop $'\\n\\n' < start_of_file.py
   alula generate --batch-file prompts.txt --json       one JSON object a prompt
+  alula fill-mask "Plants create [MASK]." --model bigbird   tokens and their probabilities
   alula info                                           versions, instruction sets, threads, GPUs
   alula bench --help                                   times kernels and models against their peers
 
@@ -96,6 +97,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, module, summary in (
         ("generate", generate, "continue a text"),
+        ("fill-mask", fill_mask, "say what may stand in place of [MASK]"),
         ("info", info, "print versions, instruction sets, threads, CUDA build, GPUs"),
     ):
         sub = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw)

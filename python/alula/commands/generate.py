@@ -16,7 +16,7 @@ from typing import Any
 from alula.commands import CommandError
 from alula.commands.output import Clock, Printer, Speed, report_of
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["DTYPES", "add_arguments", "decode_input", "model_folder", "run"]
 
 DEFAULT_NEW_TOKENS = 128
 DTYPES = {"auto": "auto"} | {
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if any(name in options for name in _SAMPLING):
         options["do_sample"] = options.get("temperature") != 0
     prompts = _read_batch(args) if args.batch_file is not None else [_read_prompt(args)]
-    folder = _model_folder(args.model)
+    folder = model_folder(args.model)
 
     from alula.config import AutoConfig
     from alula.generation import Generation
@@ -119,7 +119,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
             raise CommandError(
                 'there is no prompt; give one, as in alula generate "def fibonacci(n):", or send it to standard input'
             )
-        prompt = _decode(sys.stdin.buffer.read(), "standard input")
+        prompt = decode_input(sys.stdin.buffer.read(), "standard input")
     if not prompt:
         raise CommandError("the prompt is empty; give at least one character to continue")
     try:
@@ -137,7 +137,7 @@ def _read_batch(args: argparse.Namespace) -> list[str]:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise CommandError(f"--batch-file {name} cannot be read: {error.strerror}") from error
-    lines = [(number, line) for number, line in enumerate(_decode(data, name).split("\n"), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(decode_input(data, name).split("\n"), 1) if line.strip()]
     if not lines:
         raise CommandError(f"--batch-file {name} holds no prompt; write one per line")
     if _prompt_of(lines[0][1]) is None:
@@ -163,7 +163,8 @@ def _prompt_of(line: str) -> str | None:
     return prompt if isinstance(prompt, str) else None
 
 
-def _decode(data: bytes, name: str) -> str:
+def decode_input(data: bytes, name: str) -> str:
+    """UTF-8 text; CommandError naming the byte that is none."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -177,7 +178,8 @@ def _encode(tokenizer: Any, prompt: str, index: int) -> list[int]:
     return ids
 
 
-def _model_folder(path: str | None) -> Path:
+def model_folder(path: str | None) -> Path:
+    """The folder of --model, or of the model inside alula; CommandError where there is none."""
     if path is None:
         from importlib.resources import files
 
