@@ -9,6 +9,7 @@ from alula.pretrained_config import PretrainedConfig, parse_dtype, read_json
 
 __all__ = [
     "AutoConfig",
+    "BigBirdConfig",
     "CodeGenConfig",
     "GPT2Config",
     "GPTBigCodeConfig",
@@ -177,6 +178,83 @@ class CodeGenConfig(DecoderConfig):
             )
 
 
+class BigBirdConfig(PretrainedConfig):
+    """BigBird. Keys and defaults are Hugging Face's.
+
+    ``attention_type`` is "block_sparse" or "original_full". Where it is the first, inputs of at most
+    :attr:`max_full_tokens` tokens get full attention all the same, which is decided in every call; ``sticky=True`` (a
+    key of alula's own) keeps to full attention from the first such input on, as transformers does. Dropout rates are
+    kept, and not applied. The head size must be a multiple of 8 up to 256, ``block_size`` a power of two.
+    """
+
+    model_type = "big_bird"
+    fields: ClassVar[dict[str, tuple[str, Any]]] = {
+        "vocab_size": ("count", 50358),
+        "hidden_size": ("count", 768),
+        "num_hidden_layers": ("count", 12),
+        "num_attention_heads": ("count", 12),
+        "intermediate_size": ("count", 3072),
+        "hidden_act": ("activation", "gelu_new"),
+        "hidden_dropout_prob": ("rate", 0.1),
+        "attention_probs_dropout_prob": ("rate", 0.1),
+        "max_position_embeddings": ("count", 4096),
+        "type_vocab_size": ("count", 2),
+        "initializer_range": ("scale", 0.02),
+        "layer_norm_eps": ("positive", 1e-12),
+        "pad_token_id": ("id?", 0),
+        "bos_token_id": ("id?", 1),
+        "eos_token_id": ("ids?", 2),
+        "sep_token_id": ("id?", 66),
+        "attention_type": ("attention", "block_sparse"),
+        "use_bias": ("bool", True),
+        "rescale_embeddings": ("bool", False),
+        "block_size": ("count", 64),
+        "num_random_blocks": ("count or 0", 3),
+        "classifier_dropout": ("rate?", None),
+        "is_decoder": ("bool", False),
+        "add_cross_attention": ("bool", False),
+        "sticky": ("bool", False),
+    }
+
+    @property
+    def head_dim(self) -> int:
+        """D, the size of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """G: as many as query heads."""
+        return self.num_attention_heads
+
+    @property
+    def max_full_tokens(self) -> int:
+        """The longest input that gets full attention although ``attention_type`` is "block_sparse"."""
+        return (5 + 2 * self.num_random_blocks) * self.block_size
+
+    def validate(self) -> None:
+        super().validate()
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}"
+            )
+        if self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"head size hidden_size / num_attention_heads = {self.hidden_size} / {self.num_attention_heads} = "
+                f"{self.head_dim} is not supported; accepted: a multiple of 8 up to {MAX_HEAD_DIM}"
+            )
+        if self.attention_type == "block_sparse" and self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size={self.block_size} is not supported; accepted: a power of two, such as 64")
+        if self.add_cross_attention and not self.is_decoder:
+            raise ValueError("add_cross_attention=True needs is_decoder=True")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key, known and unknown, as it goes into config.json; ``sticky`` only where it is true."""
+        values = super().to_dict()
+        if not self.sticky:
+            del values["sticky"]
+        return values
+
+
 def is_santacoder_original(values: dict[str, Any]) -> bool:
     """Whether a config.json is of bigcode/santacoder's original custom code: GPT-2 with an attention head type."""
     return values.get("model_type") == "gpt2" and "attention_head_type" in values
@@ -198,7 +276,7 @@ def _from_santacoder(values: dict[str, Any]) -> dict[str, Any]:
 
 
 CONFIG_CLASSES: dict[str, type[PretrainedConfig]] = {
-    cls.model_type: cls for cls in (GPTBigCodeConfig, GPT2Config, CodeGenConfig)
+    cls.model_type: cls for cls in (GPTBigCodeConfig, GPT2Config, CodeGenConfig, BigBirdConfig)
 }
 
 

@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 __all__ = [
     "BaseModelOutputWithPast",
     "BaseModelOutputWithPastAndCrossAttentions",
+    "BaseModelOutputWithPoolingAndCrossAttentions",
+    "BigBirdForPreTrainingOutput",
+    "BigBirdForQuestionAnsweringModelOutput",
     "CausalLMOutputWithCrossAttentions",
     "CausalLMOutputWithPast",
     "GPT2DoubleHeadsModelOutput",
+    "MaskedLMOutput",
     "ModelOutput",
+    "MultipleChoiceModelOutput",
     "QuestionAnsweringModelOutput",
+    "SequenceClassifierOutput",
     "SequenceClassifierOutputWithPast",
     "TokenClassifierOutput",
 ]
@@ -151,5 +157,70 @@ class GPT2DoubleHeadsModelOutput(ModelOutput):
     logits: Tensor | None = None
     mc_logits: Tensor | None = None
     past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class BaseModelOutputWithPoolingAndCrossAttentions(ModelOutput):
+    """``last_hidden_state`` [B, T, E]; ``pooler_output`` [B, E]; the rest as above."""
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    past_key_values: KVCache | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class MaskedLMOutput(ModelOutput):
+    """``logits`` [B, T, V]."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class SequenceClassifierOutput(ModelOutput):
+    """``logits`` [B, num_labels]."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class MultipleChoiceModelOutput(ModelOutput):
+    """``logits`` [B, C] for C choices; hidden states and attentions of B * C rows."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class BigBirdForPreTrainingOutput(ModelOutput):
+    """``prediction_logits`` [B, T, V]; ``seq_relationship_logits`` [B, 2]; ``loss`` the sum of both."""
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class BigBirdForQuestionAnsweringModelOutput(ModelOutput):
+    """``start_logits`` and ``end_logits`` [B, T]; ``pooler_output`` [B, E] where there is a pooler."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

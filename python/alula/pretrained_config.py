@@ -21,6 +21,7 @@ __all__ = ["PretrainedConfig", "parse_dtype", "read_json"]
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
+ATTENTION_TYPES = ("block_sparse", "original_full")
 
 
 def parse_dtype(dtype: torch.dtype | str, what: str = "dtype") -> torch.dtype:
@@ -58,6 +59,7 @@ def _is_number(value: Any) -> bool:
 _KINDS = {
     "count": (lambda v: _is_int(v) and v > 0, "a positive integer"),
     "count?": (lambda v: v is None or (_is_int(v) and v > 0), "a positive integer or null"),
+    "count or 0": (lambda v: _is_int(v) and v >= 0, "an integer that is not negative"),
     "id?": (lambda v: v is None or _is_int(v), "an integer or null"),
     "ids?": (
         lambda v: v is None or _is_int(v) or (isinstance(v, list) and all(map(_is_int, v))),
@@ -66,6 +68,7 @@ _KINDS = {
     "bool": (lambda v: isinstance(v, bool), "true or false"),
     "bool?": (lambda v: v is None or isinstance(v, bool), "true, false or null"),
     "rate": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "rate?": (lambda v: v is None or (_is_number(v) and 0 <= v <= 1), "a number from 0 to 1, or null"),
     "positive": (lambda v: _is_number(v) and v > 0, "a positive number"),
     "scale": (lambda v: _is_number(v) and v >= 0, "a number that is not negative"),
     "activation": (
@@ -76,6 +79,7 @@ _KINDS = {
         lambda v: v is None or (isinstance(v, str) and v in ACTIVATIONS),
         "null or one of " + ", ".join(name for name in ACTIVATIONS if name != "none"),
     ),
+    "attention": (lambda v: v in ATTENTION_TYPES, "one of " + ", ".join(ATTENTION_TYPES)),
     "summary": (lambda v: v in SUMMARY_TYPES, "one of " + ", ".join(SUMMARY_TYPES)),
     "problem?": (lambda v: v is None or v in PROBLEM_TYPES, "null or one of " + ", ".join(PROBLEM_TYPES)),
     "names?": (

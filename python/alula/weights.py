@@ -24,7 +24,15 @@ from torch import Tensor
 from alula.config import read_json
 from alula.safetensors_file import SafetensorsFile, TensorInfo, write_safetensors
 
-__all__ = ["Checkpoint", "StateDictSource", "TensorSource", "check_dtype", "load_weights", "save_weights"]
+__all__ = [
+    "Checkpoint",
+    "RenamedSource",
+    "StateDictSource",
+    "TensorSource",
+    "check_dtype",
+    "load_weights",
+    "save_weights",
+]
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,6 +77,33 @@ class StateDictSource:
 
     def release(self, name: str) -> None:
         pass
+
+
+class RenamedSource:
+    """A source under other names: ``present`` maps new names to the source's own; the rest keep theirs."""
+
+    def __init__(self, source: TensorSource, present: Mapping[str, str]) -> None:
+        self.path = source.path
+        self.absent = getattr(source, "absent", {})
+        self._source = source
+        old = set(present.values())
+        self._names = {name: name for name in source.names() if name not in old}
+        for name, own in present.items():
+            if name in self._names:
+                raise ValueError(f"{self.path} has both {name!r} and {own!r}, which are one weight")
+            self._names[name] = own
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._source.info(self._names[name])
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(self._names[name])
+
+    def release(self, name: str) -> None:
+        self._source.release(self._names[name])
 
 
 class TorchFile(StateDictSource):

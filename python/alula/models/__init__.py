@@ -3,11 +3,22 @@
 from alula.models.auto import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 from alula.models.base import PreTrainedModel
+from alula.models.big_bird import BigBirdModel
+from alula.models.big_bird_heads import (
+    BigBirdForMultipleChoice,
+    BigBirdForQuestionAnswering,
+    BigBirdForSequenceClassification,
+    BigBirdForTokenClassification,
+)
+from alula.models.big_bird_lm import BigBirdForCausalLM, BigBirdForMaskedLM, BigBirdForPreTraining
 from alula.models.codegen import CodeGenForCausalLM, CodeGenModel
 from alula.models.gpt2 import (
     GPT2ForQuestionAnswering,
@@ -27,9 +38,20 @@ from alula.models.gpt_bigcode import (
 __all__ = [
     "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForPreTraining",
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "BigBirdForCausalLM",
+    "BigBirdForMaskedLM",
+    "BigBirdForMultipleChoice",
+    "BigBirdForPreTraining",
+    "BigBirdForQuestionAnswering",
+    "BigBirdForSequenceClassification",
+    "BigBirdForTokenClassification",
+    "BigBirdModel",
     "CodeGenForCausalLM",
     "CodeGenModel",
     "GPT2DoubleHeadsModel",

@@ -7,6 +7,14 @@ from typing import Any, ClassVar
 
 from alula.config import AutoConfig, PretrainedConfig
 from alula.models.base import PreTrainedModel
+from alula.models.big_bird import BigBirdModel
+from alula.models.big_bird_heads import (
+    BigBirdForMultipleChoice,
+    BigBirdForQuestionAnswering,
+    BigBirdForSequenceClassification,
+    BigBirdForTokenClassification,
+)
+from alula.models.big_bird_lm import BigBirdForCausalLM, BigBirdForMaskedLM, BigBirdForPreTraining
 from alula.models.codegen import CodeGenForCausalLM, CodeGenModel
 from alula.models.gpt2 import (
     GPT2ForQuestionAnswering,
@@ -25,6 +33,9 @@ from alula.models.gpt_bigcode import (
 __all__ = [
     "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForPreTraining",
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
@@ -63,7 +74,12 @@ class _AutoClass:
 class AutoModel(_AutoClass):
     """Base models."""
 
-    classes: ClassVar = {"gpt_bigcode": GPTBigCodeModel, "gpt2": GPT2Model, "codegen": CodeGenModel}
+    classes: ClassVar = {
+        "gpt_bigcode": GPTBigCodeModel,
+        "gpt2": GPT2Model,
+        "codegen": CodeGenModel,
+        "big_bird": BigBirdModel,
+    }
 
 
 class AutoModelForCausalLM(_AutoClass):
@@ -73,13 +89,36 @@ class AutoModelForCausalLM(_AutoClass):
         "gpt_bigcode": GPTBigCodeForCausalLM,
         "gpt2": GPT2LMHeadModel,
         "codegen": CodeGenForCausalLM,
+        "big_bird": BigBirdForCausalLM,
+    }
+
+
+class AutoModelForMaskedLM(_AutoClass):
+    """Fillers of masked tokens."""
+
+    classes: ClassVar = {"big_bird": BigBirdForMaskedLM}
+
+
+class AutoModelForMultipleChoice(_AutoClass):
+    """Choosers among texts."""
+
+    classes: ClassVar = {"big_bird": BigBirdForMultipleChoice}
+
+
+class AutoModelForPreTraining(_AutoClass):
+    """Models with all heads that they were pre-trained with."""
+
+    classes: ClassVar = {
+        "gpt_bigcode": GPTBigCodeForCausalLM,
+        "gpt2": GPT2LMHeadModel,
+        "big_bird": BigBirdForPreTraining,
     }
 
 
 class AutoModelForQuestionAnswering(_AutoClass):
     """Finders of answers in a text."""
 
-    classes: ClassVar = {"gpt2": GPT2ForQuestionAnswering}
+    classes: ClassVar = {"gpt2": GPT2ForQuestionAnswering, "big_bird": BigBirdForQuestionAnswering}
 
 
 class AutoModelForSequenceClassification(_AutoClass):
@@ -88,10 +127,15 @@ class AutoModelForSequenceClassification(_AutoClass):
     classes: ClassVar = {
         "gpt_bigcode": GPTBigCodeForSequenceClassification,
         "gpt2": GPT2ForSequenceClassification,
+        "big_bird": BigBirdForSequenceClassification,
     }
 
 
 class AutoModelForTokenClassification(_AutoClass):
     """Classifiers of tokens."""
 
-    classes: ClassVar = {"gpt_bigcode": GPTBigCodeForTokenClassification, "gpt2": GPT2ForTokenClassification}
+    classes: ClassVar = {
+        "gpt_bigcode": GPTBigCodeForTokenClassification,
+        "gpt2": GPT2ForTokenClassification,
+        "big_bird": BigBirdForTokenClassification,
+    }

@@ -223,12 +223,18 @@ class PreTrainedModel(Module):
     def _replace_input_embeddings(self, embedding: Embedding) -> None:
         head = self.get_output_embeddings()
         if isinstance(head, LMHead) and head.is_tied:
-            self.lm_head = self._resized_head(head, embedding.num_embeddings, True, embedding)
-        self.base_model.wte = embedding
+            self._place_output_embeddings(self._resized_head(head, embedding.num_embeddings, True, embedding))
+        self._place_input_embeddings(embedding)
         self.config.vocab_size = embedding.num_embeddings
+
+    def _place_input_embeddings(self, embedding: Embedding) -> None:
+        self.base_model.wte = embedding
 
     def get_output_embeddings(self) -> Linear | None:
         return None
+
+    def _place_output_embeddings(self, head: LMHead) -> None:
+        self.lm_head = head
 
     def set_output_embeddings(self, value: nn.Module | Tensor) -> None:
         """Gives the output projection weights [V, E] of its own; a tied model becomes untied, and its configuration
@@ -244,7 +250,7 @@ class PreTrainedModel(Module):
         if "bias" in head.shapes:
             bias = self.get_output_embeddings().read("bias") if bias is None else bias.detach().to(self.dtype)
             head.write("bias", bias)
-        self.lm_head = head
+        self._place_output_embeddings(head)
         self.config.tie_word_embeddings = False
 
     def _as_table(self, value: nn.Module | Tensor) -> Tensor:
@@ -277,7 +283,7 @@ class PreTrainedModel(Module):
                 own_head = self._resized_head(head, count, mean_resizing)
             self.set_input_embeddings(self._resized(self.get_input_embeddings().read("weight"), count, mean_resizing))
             if own_head is not None:
-                self.lm_head = own_head
+                self._place_output_embeddings(own_head)
         return self.get_input_embeddings()
 
     def _resized_head(self, head: LMHead, count: int, mean_resizing: bool, tied_to: Embedding | None = None) -> LMHead:

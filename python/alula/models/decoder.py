@@ -19,7 +19,7 @@ from alula.models.cross_attention import CrossAttention, make_cross_key_values
 from alula.models.inputs import InputChecks, out_of_range
 from alula.models.layers import VERSION, Embedding, LayerNorm, PositionTable
 
-__all__ = ["DecoderModel", "DecoderPreTrainedModel", "DecoderRun", "DecoderWithHead"]
+__all__ = ["DecoderModel", "DecoderPreTrainedModel", "DecoderRun", "DecoderWithHead", "see_from_padding"]
 
 
 _CROSS_PARTS = (".crossattention.", ".ln_cross_attn.")
@@ -44,7 +44,7 @@ class _Bound:
         self.stamp = -1
 
 
-def _see_from_padding(positions: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+def see_from_padding(positions: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
     """What each query sees where padding sees what the last token before it saw, as in transformers.
 
     positions: int32 [B, T] of the pass; before: int32 [B], tokens stored earlier. Returns the last slot of every query,
@@ -250,7 +250,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
         positions, lengths = cache.prepare(tokens, padding)
         visible, padding_positions = positions, None
         if padding is not None and tokens > 1:  # alone, a padding token is the end of a row: nobody reads its output
-            visible, padding_positions = _see_from_padding(positions, before)
+            visible, padding_positions = see_from_padding(positions, before)
         if output_hidden_states or output_attentions:
 
             def observe(layer: int, x: Tensor, q: Tensor) -> None:

@@ -209,6 +209,8 @@ class WeightModule(Module):
         unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in self.shapes]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightModule:
+        for child in self.children():
+            child._apply(fn)
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.device.type != "cpu":
             raise ValueError(f"device {probe.device} is not supported by this build; accepted: cpu")

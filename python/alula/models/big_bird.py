@@ -1,0 +1,461 @@
+"""BigBird: the encoder (and decoder) without a head.
+
+The arguments and outputs are Hugging Face's. ``past_key_values`` is a :class:`alula.cache.KVCache`.
+
+Alphabet: B batch, T new tokens, S columns (past and new), H heads, D head size, E model width, P positions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from alula.block_plan import BlockPlan
+from alula.cache import KVCache
+from alula.config import BigBirdConfig
+from alula.models.base import PreTrainedModel
+from alula.models.big_bird_attention import FullAttention, SparseAttention, default_plans
+from alula.models.big_bird_blocks import (
+    Attend,
+    BigBirdEmbeddings,
+    BigBirdEncoder,
+    layer_norm_op,
+    run_post_norm_blocks,
+)
+from alula.models.blocks import BlockShape, embedding_op, linear_op
+from alula.models.cross_attention import CrossAttention, make_cross_key_values
+from alula.models.decoder import see_from_padding
+from alula.models.inputs import InputChecks, out_of_range
+from alula.models.layers import VERSION, Embedding, LayerNorm, Linear
+from alula.ops import ACTIVATIONS
+from alula.outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from alula.weights import RenamedSource, TensorSource
+
+__all__ = ["BigBirdModel", "BigBirdPreTrainedModel", "BigBirdRun", "BigBirdWithHead"]
+
+
+class BigBirdRun(NamedTuple):
+    """One pass: the last block's output [B, T, E]; the pooled first token [B, E]; the cache; what was asked for."""
+
+    hidden: Tensor
+    pooled: Tensor | None
+    cache: KVCache | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+    cross_attentions: tuple[Tensor, ...] | None
+
+
+class BigBirdPreTrainedModel(PreTrainedModel):
+    """What all classes share."""
+
+    config: BigBirdConfig
+    config_class = BigBirdConfig
+    base_model_prefix = "bert"
+    ignored_tensors: ClassVar[re.Pattern[str]] = re.compile(r"embeddings\.(position_ids|token_type_ids)")
+
+    def optional_prefixes(self) -> tuple[str, ...]:
+        """Those of the class, the pooler, and cross-attention: a decoder gets it on top of an encoder's checkpoint."""
+        cross = {name[: name.index(".crossattention.")] for name in self.weight_slots() if ".crossattention." in name}
+        pooler = ("pooler.", f"{self.base_model_prefix}.pooler.")
+        return (*self.optional_weights, *pooler, *sorted(f"{name}.crossattention." for name in cross))
+
+    def checkpoint_view(self, source: TensorSource) -> TensorSource:
+        """The source with ``LayerNorm.gamma`` and ``LayerNorm.beta`` under their present names."""
+        old = re.compile(r"(.*\bLayerNorm\.)(gamma|beta)")
+        present = {"gamma": "weight", "beta": "bias"}
+        found = {name: old.fullmatch(name) for name in source.names()}
+        renamed = {m[1] + present[m[2]]: name for name, m in found.items() if m}
+        return RenamedSource(source, renamed) if renamed else source
+
+    @torch.no_grad()
+    def init_weights(self, names: list[str] | None = None) -> None:
+        """Normal values of ``initializer_range`` for matrices and tables (zeros in the row of ``pad_token_id``), ones
+        and zeros for layer norms, zeros for biases."""
+        slots = self.weight_slots()
+        for name in slots if names is None else names:
+            slot = slots[name]
+            value = torch.zeros(slot.shape, dtype=slot.dtype)
+            if isinstance(slot.module, LayerNorm):
+                value += slot.name == "weight"
+            elif slot.name == "weight":
+                value.normal_(std=self.config.initializer_range)
+                pad = self.config.pad_token_id
+                if isinstance(slot.module, Embedding) and pad is not None and -len(value) <= pad < len(value):
+                    value[pad] = 0
+            slot.write(value)
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.base_model.embeddings.word_embeddings
+
+    def _place_input_embeddings(self, embedding: Embedding) -> None:
+        self.base_model.embeddings.word_embeddings = embedding
+
+    def _wants(self, name: str, value: bool | None) -> bool:
+        return bool(getattr(self.config, name) if value is None else value)
+
+
+class _Bound:
+    """The flat tensors of a model, and the count of weight changes at which they were taken."""
+
+    __slots__ = ("blocks", "cross", "norm", "pooler", "position_table", "stamp", "table", "type_table")
+
+    def __init__(self) -> None:
+        self.stamp = -1
+
+
+class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
+    """The blocks without a head.
+
+    Args:
+        config: its sizes.
+        add_pooling_layer: also a ``pooler`` over the first token.
+        dtype: of the weights and activations, default float32.
+        init_weights: False leaves the weights without values, to be loaded.
+
+    Attributes:
+        attention_type: "block_sparse" or "original_full". With ``config.sticky`` the first input too short for blocks
+            changes it to "original_full".
+    """
+
+    def __init__(
+        self,
+        config: BigBirdConfig,
+        add_pooling_layer: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        init_weights: bool = True,
+    ) -> None:
+        dtype = dtype or torch.float32
+        super().__init__(config)
+        self.embeddings = BigBirdEmbeddings(config, dtype)
+        self.encoder = BigBirdEncoder(config, dtype)
+        self.pooler = Linear(config.hidden_size, config.hidden_size, dtype) if add_pooling_layer else None
+        self.attention_type = "original_full" if config.add_cross_attention else config.attention_type
+        self._shape = BlockShape(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            width=config.hidden_size,
+            mlp_width=config.intermediate_size,
+            scales=(config.head_dim**-0.5,) * config.num_hidden_layers,
+            norm_eps=config.layer_norm_eps,
+            activation=ACTIVATIONS[config.hidden_act],
+        )
+        self._bound = _Bound()
+        self._word_scale = config.hidden_size**0.5 if config.rescale_embeddings else 1.0
+        self._positions = torch.arange(config.max_position_embeddings).unsqueeze(0)  # [1, P]
+        if init_weights:
+            self.init_weights()
+
+    def set_attention_type(self, value: str) -> None:
+        """Changes ``attention_type``. Weights are the same for both."""
+        if value not in ("block_sparse", "original_full"):
+            raise ValueError(f"attention_type={value!r}; accepted: block_sparse, original_full")
+        self.attention_type = value
+
+    def _bind(self) -> _Bound:
+        bound = self._bound
+        if bound.stamp != VERSION.count:
+            tables, layers = self.embeddings, self.encoder.layer
+            bound.blocks = [layer.bind() for layer in layers]
+            bound.cross = [layer.bind_cross() for layer in layers] if self.config.add_cross_attention else None
+            bound.table = tables.word_embeddings.stored("weight").data
+            bound.position_table = tables.position_embeddings.stored("weight")
+            bound.type_table = tables.token_type_embeddings.stored("weight")
+            bound.norm = (tables.LayerNorm.stored("weight"), tables.LayerNorm.stored("bias"), tables.LayerNorm.eps)
+            bound.pooler = None
+            if self.pooler is not None:
+                bound.pooler = (self.pooler.stored("weight").data, self.pooler.stored("bias"))
+            bound.stamp = VERSION.count
+        return bound
+
+    # --- one pass -------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        block_plan: BlockPlan | Sequence[BlockPlan] | None = None,
+    ) -> BigBirdRun:
+        """One pass through all blocks. Raises ValueError for inputs that do not fit, before the cache changes; should
+        anything fail later, the cache is put back to where it was."""
+        self.check_inference(inputs_embeds, encoder_hidden_states)
+        bound, shape, config = self._bind(), self._shape, self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            input_ids = self._check_ids("input_ids", input_ids)
+            batch, tokens = input_ids.shape
+        else:
+            batch, tokens = self._check_embeds("inputs_embeds", inputs_embeds)
+        if past_key_values is not None and not config.is_decoder:
+            raise ValueError("past_key_values is given to an encoder; it needs a configuration with is_decoder=True")
+        past = 0 if past_key_values is None else self._check_cache(past_key_values, batch)
+        is_sparse = self._chooses_blocks(tokens, past_key_values, use_cache, block_plan is not None)
+        plans = self._plans(tokens, block_plan) if is_sparse else None
+        position_ids = self._checked_positions(position_ids, batch, tokens, past)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        else:
+            token_type_ids = self._check_broadcast("token_type_ids", token_type_ids, batch, tokens)
+            token_type_ids = token_type_ids.expand(batch, tokens)
+        padding = mask = None
+        if attention_mask is not None:
+            self._check_device("attention_mask", attention_mask)
+            if attention_mask.dim() == 2:
+                padding = attention_mask
+            elif is_sparse:
+                raise ValueError(
+                    f"attention_mask has shape {list(attention_mask.shape)}; accepted by block-sparse attention: "
+                    f"[{batch}, {tokens}] (1 = token, 0 = padding). attention_type='original_full' takes masks of "
+                    "pairs, too"
+                )
+        head_masks = None if head_mask is None else self._head_masks(head_mask)
+
+        keep = config.is_decoder and not is_sparse and self._wants("use_cache", use_cache)
+        cache = past_key_values
+        if cache is None:
+            cache = KVCache(config, batch, dtype=self.dtype, device=self.device, _shared_layer=not keep)
+        if attention_mask is not None and padding is None:
+            mask = self._full_mask(attention_mask, batch, tokens, past + tokens, cache)
+        has_encoder = encoder_hidden_states is not None or encoder_attention_mask is not None or cache.cross is not None
+        encoder_real = encoder_mask = None
+        if has_encoder:
+            encoder_real, encoder_mask = self._check_encoder(
+                cache, batch, tokens, encoder_hidden_states, encoder_attention_mask
+            )
+        x = self._embed(input_ids, inputs_embeds, position_ids, token_type_ids)
+
+        hidden_states: list[Tensor] | None = [x] if self._wants("output_hidden_states", output_hidden_states) else None
+        attentions: list[Tensor] | None = [] if self._wants("output_attentions", output_attentions) else None
+        cross_attentions: list[Tensor] | None = [] if attentions is not None and has_encoder else None
+        kept_cross = cache.cross
+        try:
+            attend, positions = self._attend(cache, tokens, padding, mask, head_masks, plans)
+            cross = None
+            if has_encoder:
+                if cache.cross is None:
+                    cache.cross = make_cross_key_values(bound.cross, shape, encoder_hidden_states, encoder_real)
+                cross = CrossAttention(
+                    bound.cross, shape, cache.cross, positions, encoder_mask, head_masks, cross_attentions
+                )
+            x = run_post_norm_blocks(
+                bound.blocks, shape, x, cache.layers, positions, attend, cross, hidden_states, attentions
+            )
+        except BaseException:
+            cache.crop(past)
+            cache.cross = kept_cross
+            raise
+        pooled = None
+        if bound.pooler is not None:
+            weight, bias = bound.pooler
+            pooled = linear_op(x[:, 0], weight, shape.width, bias, None, None, 0.0, ACTIVATIONS["tanh"], None)
+        collected = (None if c is None else tuple(c) for c in (hidden_states, attentions, cross_attentions))
+        return BigBirdRun(x, pooled, cache if keep or past_key_values is not None else None, *collected)
+
+    def _chooses_blocks(self, tokens: int, cache: KVCache | None, use_cache: bool | None, has_plan: bool) -> bool:
+        """Whether this pass is block-sparse."""
+        limit = self.config.max_full_tokens
+        if has_plan:
+            if self.config.add_cross_attention:
+                raise ValueError("block_plan does not go with cross-attention")
+        elif self.attention_type != "block_sparse":
+            return False
+        elif tokens <= limit:
+            if self.config.sticky:
+                self.attention_type = "original_full"
+            return False
+        if self.config.is_decoder and (cache is not None or use_cache):
+            raise ValueError(
+                f"{tokens} tokens are to get block-sparse attention (more than {limit}, or a block_plan), which keeps "
+                "no cache; pass use_cache=False, or make the model with attention_type='original_full'"
+            )
+        return True
+
+    def _checked_positions(self, position_ids: Tensor | None, batch: int, tokens: int, past: int) -> Tensor:
+        limit = self._positions.shape[1]
+        if position_ids is not None:
+            return self._check_broadcast("position_ids", position_ids, batch, tokens)
+        if past + tokens > limit:
+            count = f"{past} cached and {tokens} new tokens make {past + tokens}," if past else f"{tokens} tokens are"
+            raise ValueError(
+                f"{count} more than max_position_embeddings={limit}; cut the text to {limit} tokens "
+                f"(tokenizer(text, truncation=True, max_length={limit})) or run it in pieces"
+            )
+        return self._positions[:, past : past + tokens]
+
+    def _embed(
+        self, input_ids: Tensor | None, embeds: Tensor | None, position_ids: Tensor, token_type_ids: Tensor
+    ) -> Tensor:
+        """Words, positions and token types, summed in float32, rounded and normed."""
+        bound, config = self._bound, self.config
+        for name, ids, count, limit in (
+            ("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings"),
+            ("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size"),
+            ("input_ids", input_ids, config.vocab_size, "vocab_size"),
+        ):
+            if ids is not None and out_of_range(ids, count):
+                wrong = int(ids[(ids < 0) | (ids >= count)][0])
+                raise ValueError(f"{name} holds {wrong}; accepted: 0 to {count - 1} ({limit} is {count})")
+        if embeds is None:
+            x = embedding_op(
+                input_ids,
+                bound.table,
+                config.vocab_size,
+                config.hidden_size,
+                position_ids,
+                bound.position_table,
+                token_type_ids,
+                bound.type_table,
+                self._word_scale,
+            )
+        else:
+            x = embeds.float() * self._word_scale + bound.position_table[position_ids].float()
+            x = (x + bound.type_table[token_type_ids].float()).to(self.dtype)
+        weight, bias, eps = bound.norm
+        return layer_norm_op(x, weight, bias, eps, None)
+
+    def _attend(
+        self,
+        cache: KVCache,
+        tokens: int,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        head_masks: Any,
+        plans: Sequence[BlockPlan] | None,
+    ) -> tuple[Attend, Tensor]:
+        """The attention of this pass, and the slots (int32 [B, T]) at which it looks for keys and values."""
+        is_decoder = self.config.is_decoder
+        if plans is not None:
+            positions, _ = cache.prepare(tokens)
+            real = None
+            if padding is not None:
+                if list(padding.shape) != list(positions.shape):
+                    raise ValueError(
+                        f"attention_mask has shape {list(padding.shape)}; accepted: {list(positions.shape)}"
+                    )
+                real = padding.bool()
+                real = None if bool(real.all()) else real
+            return SparseAttention(self._shape, plans, real, head_masks), positions
+        before = cache.lengths
+        positions, lengths = cache.prepare(tokens, padding)
+        causal = is_decoder and mask is None
+        visible, alone = positions, None
+        if not causal:
+            visible = torch.zeros_like(positions)
+            if padding is not None and bool((positions < 0).any()):
+                alone = visible.masked_fill(positions >= 0, -1)
+        elif padding is not None and tokens > 1:
+            visible, alone = see_from_padding(positions, before)
+        attend = FullAttention(self._shape, visible, alone, lengths, cache.real_columns(), mask, head_masks, causal)
+        return attend, positions
+
+    def _plans(self, tokens: int, given: BlockPlan | Sequence[BlockPlan] | None) -> Sequence[BlockPlan]:
+        """The plan of every block."""
+        if given is None:
+            return default_plans(self.config, tokens, is_training=self.training)
+        layers = self.config.num_hidden_layers
+        plans = [given] * layers if isinstance(given, BlockPlan) else list(given)
+        if len(plans) != layers or not all(isinstance(plan, BlockPlan) for plan in plans):
+            raise ValueError(f"block_plan must be one alula.BlockPlan, or one for each of the {layers} layers")
+        for plan in plans:
+            if not plan.fits(tokens):
+                raise ValueError(
+                    f"block_plan has {plan.num_blocks} blocks of {plan.block_size}; the input {tokens} tokens"
+                )
+            if plan.num_heads not in (1, self._shape.num_heads):
+                raise ValueError(f"block_plan is for {plan.num_heads} heads; the model has {self._shape.num_heads}")
+            if self.config.is_decoder and not plan.is_causal:
+                raise ValueError("block_plan is not causal, and the model a decoder; make it with is_causal=True")
+        return plans
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool | None = None,
+        *,
+        head_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        block_plan: BlockPlan | Sequence[BlockPlan] | None = None,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
+        """One pass.
+
+        Args:
+            input_ids: int64 [B, T], or ``inputs_embeds`` [B, T, E] in the model's dtype in their place. At most
+                ``max_position_embeddings`` tokens; any number, not only multiples of the block size.
+            attention_mask: [B, T] (with a cache also [B, past + T]), nonzero = token, 0 = padding (left, right or
+                holes); with full attention also [B, T, S] or [B or 1, H or 1, T, S], bool (True = visible) or
+                floating point (added).
+            token_type_ids: int64 [B, T], default zeros. position_ids: int64 [B, T] or [1, T]; default: the column,
+                with no correction for padding.
+            encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache: for a decoder, as
+                :class:`alula.models.GPT2Model` takes them; they go with full attention.
+            head_mask: [H] or [L, H]; multiplies the attention probabilities.
+            output_attentions: also the probabilities, L of [B, H, T, S]. Of block-sparse attention they are dense, and
+                a block that counts more than once has the probabilities of one copy, as in transformers.
+            output_hidden_states: also the normed embeddings and every block's output, L + 1 of [B, T, E].
+            return_dict: False for a plain tuple.
+            block_plan: your own pattern of blocks, one for all layers or one for each, in place of the model's; an
+                input of any length is then block-sparse.
+
+        In training mode (under ``torch.no_grad()``) block-sparse attention uses the random blocks that transformers
+        trains with; dropout is not applied.
+
+        Raises ValueError for inputs that do not fit and RuntimeError where gradients are asked for.
+        """
+        run = self.run(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values,
+            use_cache,
+            head_mask,
+            output_attentions,
+            output_hidden_states,
+            block_plan,
+        )
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            run.hidden, run.pooled, run.hidden_states, run.cache, run.attentions, run.cross_attentions
+        )
+        return output if self._wants("return_dict", return_dict) else output.to_tuple()
+
+
+class BigBirdWithHead(BigBirdPreTrainedModel):
+    """A head on a :class:`BigBirdModel`, named ``bert``."""
+
+    bert: BigBirdModel
+
+    def __init__(self, config: BigBirdConfig, dtype: torch.dtype | None, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.bert = BigBirdModel(config, add_pooling_layer, dtype=dtype, init_weights=False)
+
+    def set_attention_type(self, value: str) -> None:
+        """:meth:`BigBirdModel.set_attention_type`."""
+        self.bert.set_attention_type(value)
