@@ -6,6 +6,7 @@
 #include "core/types.h"
 #include "cpu/isa.h"
 #include "cpu/weight_format.h"
+#include "cuda/device.h"
 
 namespace alula {
 
@@ -29,5 +30,10 @@ struct EmbeddingKernels {
 };
 
 ALULA_DECLARE_KERNELS(EmbeddingKernels, kEmbedding)
+
+// The table is plain [num_embeddings, E] with rows of `table_stride` elements (cuda/weight_layout.h), the position
+// table [num_positions, E].
+void embedding_cuda(const EmbeddingArgs& args, int64_t num_tokens, int64_t table_stride, int64_t num_embeddings,
+                    int64_t num_positions, const CudaStream& stream);
 
 }  // namespace alula

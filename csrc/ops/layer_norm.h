@@ -6,6 +6,7 @@
 
 #include "core/types.h"
 #include "cpu/isa.h"
+#include "cuda/device.h"
 
 namespace alula {
 
@@ -30,5 +31,7 @@ struct LayerNormKernels {
 inline int64_t scratch_floats(const LayerNormArgs& args) { return 3 * ((args.width + 15) / 16 * 16); }
 
 ALULA_DECLARE_KERNELS(LayerNormKernels, kLayerNorm)
+
+void layer_norm_cuda(const LayerNormArgs& args, int64_t rows, const CudaStream& stream);
 
 }  // namespace alula

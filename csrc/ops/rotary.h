@@ -5,6 +5,7 @@
 
 #include "core/types.h"
 #include "cpu/isa.h"
+#include "cuda/device.h"
 
 namespace alula {
 
@@ -28,5 +29,9 @@ struct RotaryKernels {
 };
 
 ALULA_DECLARE_KERNELS(RotaryKernels, kRotary)
+
+// Both tensors, of num_tokens = B * T tokens each, in one launch; num_positions is P.
+void rotary_cuda(const RotaryArgs& q, const RotaryArgs& k, int64_t num_tokens, int64_t num_positions,
+                 const CudaStream& stream);
 
 }  // namespace alula

@@ -5,6 +5,7 @@
 
 #include "core/types.h"
 #include "cpu/isa.h"
+#include "cuda/device.h"
 
 namespace alula {
 
@@ -38,5 +39,7 @@ struct ScaledMaskedSoftmaxKernels {
 inline int64_t scratch_floats(const ScaledMaskedSoftmaxArgs& args) { return 2 * ((args.num_keys + 15) / 16 * 16); }
 
 ALULA_DECLARE_KERNELS(ScaledMaskedSoftmaxKernels, kScaledMaskedSoftmax)
+
+void scaled_masked_softmax_cuda(const ScaledMaskedSoftmaxArgs& args, int64_t rows, const CudaStream& stream);
 
 }  // namespace alula

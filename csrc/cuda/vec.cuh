@@ -1,0 +1,41 @@
+// Several values at once: 16-byte loads and stores of any dtype, widened to fp32.
+#pragma once
+
+#include "cuda/hardware.cuh"
+
+namespace alula {
+
+// N values side by side, moved by one instruction where N * sizeof(T) is 4, 8 or 16.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T values[N];
+};
+
+// Values of T in 16 bytes.
+template <typename T>
+constexpr int kPackSize = 16 / static_cast<int>(sizeof(T));
+
+template <int N, typename T>
+__device__ __forceinline__ void load_pack(float (&x)[N], const T* from) {
+  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
+#pragma unroll
+  for (int i = 0; i < N; i++) x[i] = to_float(pack.values[i]);
+}
+
+// fp32 to two instructions of 16 bytes where N is 8.
+template <int N, typename T>
+__device__ __forceinline__ void store_pack(T* to, const float (&x)[N]) {
+  constexpr int kAtOnce = N < kPackSize<T> ? N : kPackSize<T>;
+#pragma unroll
+  for (int first = 0; first < N; first += kAtOnce) {
+    Pack<T, kAtOnce> pack;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) pack.values[i] = from_float<T>(x[first + i]);
+    *reinterpret_cast<Pack<T, kAtOnce>*>(to + first) = pack;
+  }
+}
+
+// Whether a pointer may be read 16 bytes at a time.
+inline bool is_aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace alula

@@ -1,0 +1,73 @@
+// embedding on CUDA: a block owns a token and adds its word row, position row and token-type row in fp32.
+//
+// Tables have rows of `table_stride` elements (cuda/weight_layout.h). An id outside its table gives a row of NaN: it
+// cannot be checked without waiting for the device.
+//
+// Not measured yet: no GPU was at hand.
+#include "ops/embedding.h"
+
+#include "core/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/vec.cuh"
+
+namespace alula {
+namespace {
+
+constexpr int kMaxThreads = 256;
+
+struct Params {
+  EmbeddingArgs args;
+  int64_t table_stride;
+  int64_t num_embeddings, num_positions;
+};
+
+// N values of a row from `column` on, added to `sum`; NaN where the row does not exist.
+template <int N, typename T>
+__device__ __forceinline__ void add_row(float (&sum)[N], const T* table, int64_t stride, int64_t id, int64_t rows,
+                                        int64_t column) {
+  float v[N];
+  const bool is_there = id >= 0 && id < rows;
+  if (is_there) load_pack(v, table + id * stride + column);
+#pragma unroll
+  for (int i = 0; i < N; i++) sum[i] += is_there ? v[i] : NAN;
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kMaxThreads) embedding_kernel(Params p) {
+  const EmbeddingArgs& args = p.args;
+  const int64_t token = blockIdx.x;
+  const auto* table = static_cast<const T*>(args.table);
+  for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < args.width;
+       column += static_cast<int64_t>(blockDim.x) * N) {
+    float sum[N] = {};
+    add_row(sum, table, p.table_stride, args.input_ids[token], p.num_embeddings, column);
+    if (args.position_ids != nullptr) {
+      const int64_t position = args.position_ids[token % args.position_period];
+      add_row(sum, static_cast<const T*>(args.position_table), args.width, position, p.num_positions, column);
+    }
+    if (args.token_type_ids != nullptr) {
+      add_row(sum, table, p.table_stride, args.token_type_ids[token], p.num_embeddings, column);
+    }
+    store_pack(static_cast<T*>(args.out) + token * args.width + column, sum);
+  }
+}
+
+}  // namespace
+
+void embedding_cuda(const EmbeddingArgs& args, int64_t num_tokens, int64_t table_stride, int64_t num_embeddings,
+                    int64_t num_positions, const CudaStream& stream) {
+  const Params p = {args, table_stride, num_embeddings, num_positions};
+  dispatch_dtype(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    constexpr int N = kPackSize<T>;
+    const bool is_even = args.width % N == 0 && is_aligned_16(args.table) && is_aligned_16(args.position_table) &&
+                         is_aligned_16(args.out);
+    const int64_t pieces = is_even ? args.width / N : args.width;
+    const int64_t warps = (pieces + kWarpSize - 1) / kWarpSize;
+    const int threads = static_cast<int>(warps * kWarpSize < kMaxThreads ? warps * kWarpSize : kMaxThreads);
+    launch("embedding_kernel", is_even ? embedding_kernel<T, N> : embedding_kernel<T, 1>,
+           {.blocks = {num_tokens}, .threads = threads}, stream, p);
+  });
+}
+
+}  // namespace alula
