@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test bench lint format wheel build clean help
+.PHONY: demo test bench lint format wheel build resources clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "also: build, bench, lint, format, wheel, clean"
+	@echo "also: build, bench, lint, format, wheel, resources, clean"
 
+# CUDA kernels take minutes to compile: without a GPU the demo leaves them out, unless ALULA_CUDA=1.
+demo: export ALULA_CUDA := $(or $(ALULA_CUDA),$(if $(wildcard /dev/nvidia0),,0))
 demo: build
 	@$(BIN)/alula generate "def fibonacci(n):"
 
@@ -31,6 +33,10 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# Registers, shared memory, stack and spills of every CUDA kernel; a spill that is not allowed fails.
+resources: build
+	$(BIN)/python csrc/cuda/resources.py report $$(ls -td build/cp*/ | head -1)
 
 wheel: $(VENV)/.run
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -31,6 +31,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DALULA_VERSION={VERSION}",
             f"-DALULA_WERROR={'ON' if os.environ.get('ALULA_WERROR') == '1' else 'OFF'}",
+            f"-DALULA_CUDA={os.environ.get('ALULA_CUDA', '')}",
+            f"-DALULA_CUDA_ARCHS={os.environ.get('ALULA_CUDA_ARCHS', '').replace(',', ' ')}",
         ]
         subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

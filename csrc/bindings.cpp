@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/peak.h"
 #include "ops/block_plan.h"
+#include "cuda/device.h"
 
 namespace py = pybind11;
 
@@ -19,7 +20,9 @@ py::dict build_info() {
   info["version"] = ALULA_VERSION;
   info["compiler"] = ALULA_COMPILER;
   info["torch_abi"] = ALULA_TORCH_ABI;
-  info["cuda"] = py::none();
+  const std::string archs = alula::cuda_archs();
+  info["cuda"] = archs.empty() ? py::object(py::none()) : py::str(ALULA_CUDA_VERSION);
+  info["cuda_archs"] = archs;
   info["cuda_reason"] = ALULA_CUDA_REASON;
   return info;
 }
@@ -104,6 +107,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &alula::available_isas, "The instruction sets that this CPU has, slowest first.");
   m.def("force_isa", &alula::force_isa, py::arg("name"),
         "Use this instruction set from now on. Raises ValueError for one that is unknown or that this CPU lacks.");
+  m.def("missing_cuda_code", &alula::missing_code, py::arg("major"), py::arg("minor"), py::arg("archs"),
+        "Why a GPU of this compute capability cannot run code built for `archs` ('80 90a 120+'); empty where it can.");
   m.def("peak_gflops", &peak_gflops, py::arg("kind"), py::arg("seconds") = 0.2,
         "One core's measured rate in GFLOP/s, kind 'fp32_fma' or 'bf16_dot'; the GIL is released.");
   bind_block_plan(m);

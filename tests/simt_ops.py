@@ -130,6 +130,8 @@ class Ops:
         position_ids: Tensor | None = None,
         position_table: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        token_type_table: Tensor | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
         packed = padded_rows(table)
         return self.call(
@@ -145,6 +147,9 @@ class Ops:
             position_table=position_table,
             num_positions=0 if position_table is None else position_table.shape[0],
             token_type_ids=token_type_ids,
+            token_type_table=token_type_table,
+            num_token_types=0 if token_type_table is None else token_type_table.shape[0],
+            scale=float(scale),
             tokens=input_ids.numel(),
             dtype=DTYPES[table.dtype],
             out=new_result((*input_ids.shape, table.shape[1]), table.dtype),

@@ -200,6 +200,15 @@ def test_embedding(ops: Ops, width: int, dtype: torch.dtype) -> None:
         assert_close(ops.embedding(ids, table, **options), expected, magnitude=3.0, tolerance=1e-6)
 
 
+def test_embedding_with_token_types_of_their_own_and_a_scale(ops: Ops, dtype: torch.dtype) -> None:
+    table, kinds, ids = torch.randn(37, 24).to(dtype), torch.randn(2, 24).to(dtype), torch.randint(0, 37, (2, 5))
+    options = {"token_type_ids": torch.randint(0, 2, (2, 5)), "token_type_table": kinds, "scale": 1.5}
+    expected = reference.embedding(ids, table, **options)
+    assert_close(ops.embedding(ids, table, **options), expected, magnitude=3.0, tolerance=1e-6)
+    options["token_type_ids"][0, 2] = 2
+    assert ops.embedding(ids, table, **options)[0, 2].isnan().all()
+
+
 def test_embedding_ids_outside_the_table_give_nan(ops: Ops, dtype: torch.dtype) -> None:
     table, places = torch.randn(5, 24).to(dtype), torch.randn(3, 24).to(dtype)
     ids = torch.tensor([[0, 5, 4, -1]])

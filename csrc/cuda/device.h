@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#define ALULA_EXPORT __attribute__((visibility("default")))
+
 namespace alula {
 
 struct CudaDevice {
@@ -25,10 +27,10 @@ const CudaDevice& cuda_device(int index);
 
 // Why a GPU of this compute capability cannot run code built for `archs` ("80 90a", CMake's ALULA_CUDA_ARCHS; "120+"
 // also holds PTX that newer GPUs compile); empty where it can.
-std::string missing_code(int major, int minor, const std::string& archs);
+ALULA_EXPORT std::string missing_code(int major, int minor, const std::string& archs);
 
 // The architectures of this build; empty in a CPU-only one.
-std::string cuda_archs();
+ALULA_EXPORT std::string cuda_archs();
 
 // ALULA_SYNC=1: each launch waits for its kernel, so that an error is raised by the op that caused it.
 bool waits_for_kernels();

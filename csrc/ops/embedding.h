@@ -31,9 +31,13 @@ struct EmbeddingKernels {
 
 ALULA_DECLARE_KERNELS(EmbeddingKernels, kEmbedding)
 
-// The table is plain [num_embeddings, E] with rows of `table_stride` elements (cuda/weight_layout.h), the position
-// table [num_positions, E].
-void embedding_cuda(const EmbeddingArgs& args, int64_t num_tokens, int64_t table_stride, int64_t num_embeddings,
-                    int64_t num_positions, const CudaStream& stream);
+// The tables as they lie on CUDA, and their rows: what cannot be checked on the host.
+struct EmbeddingTables {
+  int64_t stride;  // elements from row to row of the plain [V, E] (cuda/weight_layout.h)
+  int64_t num_embeddings, num_positions, num_token_types;
+};
+
+void embedding_cuda(const EmbeddingArgs& args, const EmbeddingTables& tables, int64_t num_tokens,
+                    const CudaStream& stream);
 
 }  // namespace alula

@@ -1,6 +1,6 @@
 // embedding on CUDA: a block owns a token and adds its word row, position row and token-type row in fp32.
 //
-// Tables have rows of `table_stride` elements (cuda/weight_layout.h). An id outside its table gives a row of NaN: it
+// An id outside its table gives a row of NaN: it
 // cannot be checked without waiting for the device.
 //
 // Not measured yet: no GPU was at hand.
@@ -17,8 +17,7 @@ constexpr int kMaxThreads = 256;
 
 struct Params {
   EmbeddingArgs args;
-  int64_t table_stride;
-  int64_t num_embeddings, num_positions;
+  EmbeddingTables tables;
 };
 
 // N values of a row from `column` on, added to `sum`; NaN where the row does not exist.
@@ -37,16 +36,21 @@ __global__ void __launch_bounds__(kMaxThreads) embedding_kernel(Params p) {
   const EmbeddingArgs& args = p.args;
   const int64_t token = blockIdx.x;
   const auto* table = static_cast<const T*>(args.table);
+  const bool types_are_words = args.token_type_table == nullptr;
+  const auto* types = types_are_words ? table : static_cast<const T*>(args.token_type_table);
   for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < args.width;
        column += static_cast<int64_t>(blockDim.x) * N) {
     float sum[N] = {};
-    add_row(sum, table, p.table_stride, args.input_ids[token], p.num_embeddings, column);
+    add_row(sum, table, p.tables.stride, args.input_ids[token], p.tables.num_embeddings, column);
+#pragma unroll
+    for (int i = 0; i < N; i++) sum[i] *= args.scale;
     if (args.position_ids != nullptr) {
       const int64_t position = args.position_ids[token % args.position_period];
-      add_row(sum, static_cast<const T*>(args.position_table), args.width, position, p.num_positions, column);
+      add_row(sum, static_cast<const T*>(args.position_table), args.width, position, p.tables.num_positions, column);
     }
     if (args.token_type_ids != nullptr) {
-      add_row(sum, table, p.table_stride, args.token_type_ids[token], p.num_embeddings, column);
+      add_row(sum, types, types_are_words ? p.tables.stride : args.width, args.token_type_ids[token],
+              types_are_words ? p.tables.num_embeddings : p.tables.num_token_types, column);
     }
     store_pack(static_cast<T*>(args.out) + token * args.width + column, sum);
   }
@@ -54,14 +58,14 @@ __global__ void __launch_bounds__(kMaxThreads) embedding_kernel(Params p) {
 
 }  // namespace
 
-void embedding_cuda(const EmbeddingArgs& args, int64_t num_tokens, int64_t table_stride, int64_t num_embeddings,
-                    int64_t num_positions, const CudaStream& stream) {
-  const Params p = {args, table_stride, num_embeddings, num_positions};
+void embedding_cuda(const EmbeddingArgs& args, const EmbeddingTables& tables, int64_t num_tokens,
+                    const CudaStream& stream) {
+  const Params p = {args, tables};
   dispatch_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr int N = kPackSize<T>;
     const bool is_even = args.width % N == 0 && is_aligned_16(args.table) && is_aligned_16(args.position_table) &&
-                         is_aligned_16(args.out);
+                         is_aligned_16(args.token_type_table) && is_aligned_16(args.out);
     const int64_t pieces = is_even ? args.width / N : args.width;
     const int64_t warps = (pieces + kWarpSize - 1) / kWarpSize;
     const int threads = static_cast<int>(warps * kWarpSize < kMaxThreads ? warps * kWarpSize : kMaxThreads);

@@ -69,10 +69,22 @@ void run_rotary(const Request& r) {
 }
 
 void run_embedding(const Request& r) {
-  embedding_cuda({r.dtype("dtype"), r.i("width"), r.t("table"), r.t<const int64_t>("input_ids"),
-                  r.t<const int64_t>("token_type_ids"), r.t<const int64_t>("position_ids"), r.i("position_period"),
-                  r.t("position_table"), r.t("out")},
-                 r.i("tokens"), r.i("table_stride"), r.i("num_embeddings"), r.i("num_positions"), r.stream());
+  embedding_cuda(
+      {
+          .dtype = r.dtype("dtype"),
+          .width = r.i("width"),
+          .table = r.t("table"),
+          .input_ids = r.t<const int64_t>("input_ids"),
+          .scale = r.f("scale"),
+          .token_type_ids = r.t<const int64_t>("token_type_ids"),
+          .token_type_table = r.t("token_type_table"),
+          .position_ids = r.t<const int64_t>("position_ids"),
+          .position_period = r.i("position_period"),
+          .position_table = r.t("position_table"),
+          .out = r.t("out"),
+      },
+      {r.i("table_stride"), r.i("num_embeddings"), r.i("num_positions"), r.i("num_token_types")}, r.i("tokens"),
+      r.stream());
 }
 
 const Registration kSoftmax("scaled_masked_softmax", run_softmax);

@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["add_arguments", "collect", "run"]
 
-VARIABLES = ("ALULA_FORCE_ISA", "ALULA_LOG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("ALULA_FORCE_ISA", "ALULA_LOG", "ALULA_SYNC", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
         "ISA in use": report["isa"],
         "ISA available": ", ".join(report["available_isas"]),
         "threads": f"{report['threads']} (of {report['cores']} cores)",
-        "CUDA build": report["cuda"] or f"none: {report['cuda_reason']}",
+        "CUDA build": f"{report['cuda']} for {report['cuda_archs']}"
+        if report["cuda"]
+        else f"none: {report['cuda_reason']}",
         "GPUs": ", ".join(report["gpus"]) or f"none: {report['gpu_reason']}",
         "environment": " ".join(f"{name}={value}" for name, value in variables.items()) or "nothing set",
     }
@@ -67,6 +69,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cuda": build.get("cuda"),
+        "cuda_archs": build.get("cuda_archs"),
         "cuda_reason": build.get("cuda_reason"),
         "gpus": gpus,
         "gpu_reason": gpu_reason,

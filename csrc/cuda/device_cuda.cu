@@ -1,0 +1,58 @@
+// The GPUs of this machine, asked of the CUDA runtime.
+#include <cuda_runtime.h>
+
+#include <array>
+#include <mutex>
+
+#include "core/check.h"
+#include "cuda/device.h"
+
+namespace alula {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+CudaDevice read_device(int index) {
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, index), "asking for a GPU's attributes");
+    return value;
+  };
+  CudaDevice device;
+  device.index = index;
+  device.major = attribute(cudaDevAttrComputeCapabilityMajor);
+  device.minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  device.num_multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  device.max_shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device.has_dependent_launch = device.major >= 9;
+  return device;
+}
+
+}  // namespace
+
+const CudaDevice& cuda_device(int index) {
+  struct Known {
+    std::once_flag once;
+    CudaDevice device;
+    std::string missing;
+  };
+  static std::array<Known, kMaxDevices> known;
+  ALULA_CHECK(index >= 0 && index < kMaxDevices, "GPU ", index, "; accepted: 0 to ", kMaxDevices - 1);
+  Known& entry = known[static_cast<size_t>(index)];
+  std::call_once(entry.once, [&] {
+    entry.device = read_device(index);
+    entry.missing = missing_code(entry.device.major, entry.device.minor, cuda_archs());
+  });
+  ALULA_CHECK(entry.missing.empty(), entry.missing);
+  return entry.device;
+}
+
+void check_cuda(int error, const char* what) {
+  if (error == cudaSuccess) [[likely]]
+    return;
+  cudaGetLastError();  // forgotten, where that is possible: the next call starts clean
+  fail(what, ": CUDA says: ", cudaGetErrorString(static_cast<cudaError_t>(error)), " (",
+       cudaGetErrorName(static_cast<cudaError_t>(error)), ")");
+}
+
+}  // namespace alula
