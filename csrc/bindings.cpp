@@ -8,8 +8,8 @@
 
 #include "cpu/isa.h"
 #include "cpu/peak.h"
-#include "ops/block_plan.h"
 #include "cuda/device.h"
+#include "ops/block_plan.h"
 
 namespace py = pybind11;
 
