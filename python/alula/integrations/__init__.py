@@ -1,0 +1,1 @@
+"""alula inside other libraries."""

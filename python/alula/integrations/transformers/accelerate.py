@@ -1,0 +1,210 @@
+"""``accelerate`` and ``restore``: alula's forward methods put on the modules of one model, and taken off again."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+import alula
+from alula.integrations.transformers import decoder, head, versions
+from alula.integrations.transformers.cache import has_our_layers
+from alula.integrations.transformers.families import FAMILIES, NotReplaceable, family_of
+from alula.integrations.transformers.guards import refuse
+from alula.integrations.transformers.report import Left, Replaced, Report
+
+__all__ = ["accelerate", "accelerate_model", "refresh", "restore"]
+
+_OURS = ("forward", "_apply", "_alula", "_alula_hook")
+
+
+class _Plan(NamedTuple):
+    """A module to be replaced: where it is, its state, its new forward, what the report says."""
+
+    where: str
+    module: nn.Module
+    state: Any
+    forward: Any
+    lines: list[Replaced]
+
+
+def accelerate(model: PreTrainedModel) -> Report:
+    """Makes this model run on alula; no other model, and no class, is touched.
+
+    Args:
+        model: any class of GPT-2, GPTBigCode or CodeGen, or one that contains their decoders; on the CPU, in evaluation
+            mode, in float32, bfloat16 or float16.
+
+    Returns: what was replaced and what was left, and why. Calling it again changes nothing, packs weights that changed,
+        and reports again.
+
+    Raises TypeError or ValueError, with nothing changed, for a model that cannot be accelerated or in which nothing
+    could be replaced, saying what and why.
+    """
+    versions.check()
+    refuse(model)
+    report = Report(type(model).__name__, {"alula": alula.__version__, "transformers": versions.VERSION})
+    plans, taken = [], {}
+    for where, module in model.named_modules():
+        if _is_accelerated(module):
+            module._alula.follow(module)
+            taken[id(module)] = module
+            report.replaced += _lines(where, module, module._alula)
+            report.states.append(module._alula)
+            continue
+        family = family_of(module)
+        if family is None:
+            continue
+        try:
+            state = decoder.DecoderState(module, family)
+        except NotReplaceable as error:
+            report.left.append(Left(where or type(model).__name__, type(module).__name__, str(error)))
+            continue
+        taken[id(module)] = module
+        plans.append(_Plan(where, module, state, decoder.bound_forward(module), _lines(where, module, state)))
+    if not taken:
+        _nothing_replaced(model, report)
+    plans += _heads(model, taken, report)
+    for plan in plans:
+        _put_on(plan)
+        report.replaced += plan.lines
+        report.states.append(plan.state)
+    _tell_of_the_rest(model, taken, report)
+    return report
+
+
+def accelerate_model(model: PreTrainedModel) -> PreTrainedModel:
+    """:func:`accelerate`, returning the model, for use inside a call."""
+    accelerate(model)
+    return model
+
+
+def restore(model: nn.Module) -> int:
+    """Takes alula off every module of the model. Returns of how many; 0 for a model that was not accelerated.
+
+    Parameters, buffers and configuration were never touched: the model is what it was, bit for bit.
+    """
+    count = 0
+    for module in _uncompiled(model).modules():
+        if _is_accelerated(module):
+            module._alula_hook.remove()
+            for name in _OURS:
+                module.__dict__.pop(name, None)
+            count += 1
+        # 4.57 keeps a static cache between calls of generate
+        if isinstance(kept := module.__dict__.get("_cache"), Cache) and has_our_layers(kept):
+            del module._cache
+    return count
+
+
+def refresh(model: nn.Module) -> None:
+    """Packs all weights again, whether or not a change was seen: needed after writing through ``parameter.data``."""
+    for module in _uncompiled(model).modules():
+        if _is_accelerated(module):
+            state = module._alula
+            (state.stack if isinstance(state, decoder.DecoderState) else state.packed).pack(module)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _is_accelerated(module: nn.Module) -> bool:
+    return "_alula" in module.__dict__
+
+
+def _put_on(plan: _Plan) -> None:
+    module = plan.module
+    module.__dict__["_alula"] = plan.state
+    module.__dict__["forward"] = plan.forward
+    # Eager passes notice changes themselves; compiled ones rely on these two.
+    module.__dict__["_apply"] = _apply.__get__(module)
+    module.__dict__["_alula_hook"] = module.register_load_state_dict_post_hook(_after_loading)
+
+
+def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """nn.Module._apply (``to``, ``half``, ``cuda`` ...), then packs what it changed."""
+    type(self)._apply(self, fn, recurse)
+    with contextlib.suppress(NotReplaceable):  # the next pass says it, when every part of the model is converted
+        self._alula.follow(self)
+    return self
+
+
+def _after_loading(module: nn.Module, incompatible: Any) -> None:
+    if _is_accelerated(module):
+        with contextlib.suppress(NotReplaceable):
+            module._alula.follow(module)
+
+
+def _lines(where: str, module: nn.Module, state: Any) -> list[Replaced]:
+    if isinstance(state, head.HeadState):
+        return [Replaced(where, "output projection", 1, "linear", state.packed.nbytes)]
+    count = len(module.h)
+    attention = "attention_into" if state.family.name == "CodeGen" else "attention"
+    return [
+        Replaced(where, state.family.block.__name__, count, f"qkv_projection, {attention}, linear", state.stack.nbytes),
+        Replaced(where, "final LayerNorm", 1, "layer_norm", 0),
+    ]
+
+
+def _heads(model: PreTrainedModel, taken: dict[int, nn.Module], report: Report) -> list[_Plan]:
+    """The output projections that read what an accelerated decoder writes."""
+    plans: dict[int, _Plan] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+    for owner in model.modules():
+        if not isinstance(owner, PreTrainedModel) or id(owner) in taken:
+            continue
+        if not any(id(child) in taken for child in owner.children()):
+            continue
+        module = owner.get_output_embeddings()
+        if module is None or id(module) not in names or id(module) in plans or _is_accelerated(module):
+            continue
+        where = names[id(module)]
+        why = head.why_not(module)
+        if why is None:
+            state = head.HeadState(module)
+            plans[id(module)] = _Plan(where, module, state, head.bound_forward(module), _lines(where, module, state))
+            taken[id(module)] = module
+        else:
+            report.left.append(Left(where, type(module).__name__, why))
+    return list(plans.values())
+
+
+def _nothing_replaced(model: PreTrainedModel, report: Report) -> None:
+    if report.left:
+        raise ValueError(
+            f"nothing in this {type(model).__name__} could be replaced: "
+            + "; ".join(f"{left.where}: {left.why}" for left in report.left)
+        )
+    known = ", ".join(family.name for family in FAMILIES)
+    raise ValueError(f"{type(model).__name__} is not supported; accepted: any class with a decoder of {known}")
+
+
+def _tell_of_the_rest(model: PreTrainedModel, taken: dict[int, nn.Module], report: Report) -> None:
+    """Adds the modules with parameters that still run on PyTorch."""
+    inside = {
+        id(inner)
+        for module in taken.values()
+        for inner in (module.modules() if hasattr(module, "h") else [module])
+        if not hasattr(module, "h") or id(inner) not in _outer_parts(module)
+    }
+    for where, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not own or id(module) in inside:
+            continue
+        why = "a look-up" if isinstance(module, nn.Embedding) else "not a part that alula replaces; PyTorch runs it"
+        if "crossattention" in where or "ln_cross_attn" in where:
+            why = "cross-attention runs on transformers' blocks when encoder_hidden_states are given"
+        report.left.append(Left(where, type(module).__name__, why))
+
+
+def _outer_parts(module: nn.Module) -> set[int]:
+    """Parts of an accelerated decoder that stay: embeddings and cross-attention."""
+    return {
+        id(inner)
+        for name, inner in module.named_modules()
+        if isinstance(inner, nn.Embedding) or "crossattention" in name or "ln_cross_attn" in name
+    }

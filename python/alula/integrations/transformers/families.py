@@ -1,0 +1,164 @@
+"""The decoder families of transformers that alula replaces, and what is checked before a stack of blocks is taken.
+
+A stack is recognised by what it is: the classes of its modules, whose forward methods must be transformers' own, and
+the names and shapes of its parameters. A module of another class (an adapter, a quantized matrix) or with a forward of
+its own is never taken over.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.codegen import modeling_codegen as codegen
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
+from transformers.models.gpt_bigcode import modeling_gpt_bigcode as gpt_bigcode
+from transformers.pytorch_utils import Conv1D
+
+from alula.config import CodeGenConfig, GPT2Config, GPTBigCodeConfig, PretrainedConfig
+from alula.models.codegen import CodeGenModel
+from alula.models.decoder import DecoderModel
+from alula.models.gpt2 import GPT2Model
+from alula.models.gpt_bigcode import GPTBigCodeModel
+
+__all__ = ["FAMILIES", "Family", "NotReplaceable", "engine_config", "family_of", "inspect_stack"]
+
+
+class NotReplaceable(ValueError):
+    """A stack of blocks that cannot be taken over; the message says which module and why."""
+
+
+class Family(NamedTuple):
+    """A decoder of transformers and the alula model that computes the same.
+
+    decoder, block: transformers' classes. parts: the classes inside a block whose forward methods are replaced. dense:
+    the class of its matrices. engine: alula's class of the decoder.
+    """
+
+    name: str
+    decoder: type[nn.Module]
+    block: type[nn.Module]
+    parts: tuple[type[nn.Module], ...]
+    dense: type[nn.Module]
+    engine: type[DecoderModel]
+    config: type[PretrainedConfig]
+
+
+FAMILIES = (
+    Family(
+        "GPT-2",
+        gpt2.GPT2Model,
+        gpt2.GPT2Block,
+        (gpt2.GPT2Attention, gpt2.GPT2MLP),
+        Conv1D,
+        GPT2Model,
+        GPT2Config,
+    ),
+    Family(
+        "GPTBigCode",
+        gpt_bigcode.GPTBigCodeModel,
+        gpt_bigcode.GPTBigCodeBlock,
+        (gpt_bigcode.GPTBigCodeAttention, gpt_bigcode.GPTBigCodeMLP),
+        nn.Linear,
+        GPTBigCodeModel,
+        GPTBigCodeConfig,
+    ),
+    Family(
+        "CodeGen",
+        codegen.CodeGenModel,
+        codegen.CodeGenBlock,
+        (codegen.CodeGenAttention, codegen.CodeGenMLP),
+        nn.Linear,
+        CodeGenModel,
+        CodeGenConfig,
+    ),
+)
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family whose decoder this module is."""
+    for family in FAMILIES:
+        if isinstance(module, family.decoder):
+            return family
+    return None
+
+
+def engine_config(module: nn.Module, family: Family) -> PretrainedConfig:
+    """alula's configuration of a decoder, with as many layers as it has. NotReplaceable for values alula lacks."""
+    values = {**module.config.to_dict(), "n_layer": len(module.h)}
+    try:
+        return family.config(**values)
+    except (TypeError, ValueError) as error:
+        raise NotReplaceable(str(error)) from error
+
+
+def inspect_stack(module: nn.Module, family: Family, engine: DecoderModel) -> None:
+    """Raises NotReplaceable unless the decoder is, module by module, what alula computes."""
+    _own_forward(module, family.decoder, "the decoder")
+    if type(module.ln_f) is not nn.LayerNorm:
+        raise NotReplaceable(f"ln_f is a {_class(module.ln_f)}; accepted: torch.nn.LayerNorm")
+    if not getattr(module.config, "is_causal", True):
+        raise NotReplaceable("config.is_causal is False: the decoder was made to look both ways")
+    dtype = module.ln_f.weight.dtype
+    act = type(ACT2FN[module.config.activation_function])
+    for index, (block, counterpart) in enumerate(zip(module.h, engine.h, strict=True)):
+        _inspect_block(f"h.{index}", index, block, family, act)
+        expected = {name: tuple(slot.shape) for name, slot in counterpart.weight_slots().items()}
+        for name, parameter in block.named_parameters():
+            shape = expected.pop(name, None)
+            if shape is None:
+                raise NotReplaceable(f"h.{index} has a parameter {name} that alula does not know")
+            if tuple(parameter.shape) != shape:
+                raise NotReplaceable(f"h.{index}.{name} has shape {list(parameter.shape)}, expected {list(shape)}")
+            _plain_parameter(f"h.{index}.{name}", parameter, dtype)
+        if expected:
+            raise NotReplaceable(f"h.{index} lacks {', '.join(expected)}")
+    for name, parameter in module.ln_f.named_parameters():
+        _plain_parameter(f"ln_f.{name}", parameter, dtype)
+
+
+def _inspect_block(where: str, index: int, block: nn.Module, family: Family, act: type) -> None:
+    _own_forward(block, family.block, where)
+    layer = getattr(block.attn, "layer_idx", None)
+    if layer != index:
+        raise NotReplaceable(f"{where} says layer_idx={layer}; blocks must be in the order of their caches")
+    for name, inner in block.named_modules():
+        path = f"{where}.{name}"
+        if not name or isinstance(inner, nn.Dropout):
+            continue
+        if isinstance(inner, family.parts):
+            _own_forward(inner, next(part for part in family.parts if isinstance(inner, part)), path)
+        elif name.endswith(".act"):
+            if type(inner) is not act:
+                raise NotReplaceable(f"{path} is a {_class(inner)}, the configuration says {act.__name__}")
+        elif type(inner) not in (family.dense, nn.LayerNorm):
+            raise NotReplaceable(
+                f"{path} is a {_class(inner)}; accepted: {family.dense.__name__} and LayerNorm as transformers makes "
+                "them (merge adapters into the weights, and load without quantization)"
+            )
+        elif "forward" in inner.__dict__:
+            raise NotReplaceable(f"{path} has a forward method of its own (another library wraps it)")
+
+
+def _own_forward(module: nn.Module, cls: type[nn.Module], where: str) -> None:
+    if "forward" in module.__dict__ and "_alula" not in module.__dict__:
+        raise NotReplaceable(f"{where} has a forward method of its own (another library wraps it)")
+    if type(module).forward is not cls.forward:
+        raise NotReplaceable(f"{where} is a {_class(module)}, whose forward is not that of {cls.__name__}")
+
+
+def _plain_parameter(where: str, parameter: torch.Tensor, dtype: torch.dtype) -> None:
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+        raise NotReplaceable(f"{where} is a {type(parameter.data).__name__}; accepted: plain tensors, not quantized")
+    if parameter.dtype != dtype or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise NotReplaceable(
+            f"{where} has dtype {parameter.dtype}, ln_f {dtype}; accepted: one of float32, bfloat16, float16 for all"
+        )
+    if parameter.device.type != "cpu":
+        raise NotReplaceable(f"{where} is on {parameter.device}; accepted: cpu")
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"

@@ -1,0 +1,152 @@
+"""Packed copies of a module's weights, made once and kept up to date.
+
+The kernels read matrices in panels (alula.ops.pack), so each is copied; vectors whose layout is the checkpoint's are
+shared with the module. Before a pass every parameter is compared with what was packed (the object, its memory, its
+version counter, its dtype): what changed is packed again. Changes written through ``parameter.data`` move no counter;
+``refresh`` packs after those.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from alula import ops
+from alula.integrations.transformers.families import Family, NotReplaceable, engine_config, inspect_stack
+from alula.models.blocks import BlockShape
+from alula.models.decoder import DecoderModel
+from alula.models.layers import WeightModule
+
+__all__ = ["PackedHead", "PackedStack", "Watch", "changed_too_far"]
+
+
+_VERSION = operator.attrgetter("_version")
+
+
+class Watch:
+    """Remembers the parameters of modules, to say whether they are still the same."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._owners = [module._parameters for module in modules]
+        self._parameters = [parameter for owner in self._owners for parameter in owner.values()]
+        given = [parameter for parameter in self._parameters if parameter is not None]
+        self._given = given
+        self._pointers = list(map(Tensor.data_ptr, given))
+        # A tensor made in inference mode counts no versions.
+        self._counted = [parameter for parameter in given if not parameter.is_inference()]
+        self._versions = list(map(_VERSION, self._counted))
+
+    def changed(self) -> bool:
+        """Whether a parameter is another object, lies elsewhere, or was written in place."""
+        now = [parameter for owner in self._owners for parameter in owner.values()]
+        return (
+            len(now) != len(self._parameters)
+            or not all(map(operator.is_, now, self._parameters))
+            or list(map(_VERSION, self._counted)) != self._versions
+            or list(map(Tensor.data_ptr, self._given)) != self._pointers
+        )
+
+
+def changed_too_far(module: nn.Module, why: str) -> NotReplaceable:
+    """The error for a module that alula ran and cannot run any more."""
+    return NotReplaceable(
+        f"an accelerated {type(module).__name__} was changed into what alula cannot run: {why}. Undo that, or call "
+        "alula.integrations.transformers.restore(model)"
+    )
+
+
+class PackedStack:
+    """The blocks of a decoder as :func:`alula.models.blocks.run_blocks` takes them.
+
+    Attributes:
+        blocks: per block the bound tensors. shape: their sizes. dtype: of all. engine: alula's decoder that owns the
+            packed tensors (it has no embeddings of its own).
+    """
+
+    engine: DecoderModel
+    shape: BlockShape
+    dtype: torch.dtype
+
+    def __init__(self, module: nn.Module, family: Family) -> None:
+        self.family = family
+        self.pack(module)
+
+    def pack(self, module: nn.Module) -> None:
+        """Packs every block. NotReplaceable, with nothing changed, where the decoder is not what alula computes."""
+        dtype = module.ln_f.weight.dtype
+        engine = self.family.engine(engine_config(module, self.family), dtype=dtype, init_weights=False)
+        inspect_stack(module, self.family, engine)
+        with torch.no_grad():
+            blocks = [self._pack_block(module, engine, index) for index in range(len(module.h))]
+        self.engine, self.blocks, self.shape, self.dtype = engine, blocks, engine._shape, dtype
+        self._watch(module)
+
+    def _watch(self, module: nn.Module) -> None:
+        self._watches = [Watch(block.modules()) for block in module.h]
+        self._watch_all = Watch(inner for block in module.h for inner in block.modules())
+
+    @staticmethod
+    def _pack_block(module: nn.Module, engine: DecoderModel, index: int) -> tuple:
+        parameters = dict(module.h[index].named_parameters())
+        for name, slot in engine.h[index].weight_slots().items():
+            if not name.startswith(("crossattention.", "ln_cross_attn.")):
+                _share_or_write(slot.module, slot.name, parameters[name])
+        return engine.h[index].bind()
+
+    def follow(self, module: nn.Module) -> bool:
+        """Packs again what changed; whether something had."""
+        if not self._watch_all.changed():
+            return False
+        stale = [index for index, watch in enumerate(self._watches) if watch.changed()]
+        try:
+            self.pack(module) if len(stale) == len(self._watches) else self._repack(module, stale)
+        except NotReplaceable as error:
+            raise changed_too_far(module, str(error)) from error
+        return True
+
+    def _repack(self, module: nn.Module, stale: list[int]) -> None:
+        inspect_stack(module, self.family, self.engine)
+        if module.ln_f.weight.dtype != self.dtype:
+            self.pack(module)
+            return
+        with torch.no_grad():
+            for index in stale:
+                self.blocks[index] = self._pack_block(module, self.engine, index)
+        self._watch(module)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies: what is shared with the module is not counted."""
+        return sum(tensor.nbytes for block in self.blocks for tensor in block if tensor.dim() > 1)
+
+
+def _share_or_write(module: WeightModule, name: str, value: Tensor) -> None:
+    """Gives alula's module a tensor: the very memory where its layout is the kernel's, else a copy."""
+    detached = value.detach()
+    if name not in module._packed_names and detached.is_contiguous() and module._from_checkpoint(detached) is detached:
+        module._data[name] = detached
+    else:
+        module.write(name, detached)
+
+
+class PackedHead:
+    """The output projection [V, E] of a language model, packed."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.pack(module)
+
+    def pack(self, module: nn.Linear) -> None:
+        with torch.no_grad():
+            self.weight = ops.pack(module.weight.detach())
+        self._watch = Watch([module])
+
+    def changed(self) -> bool:
+        """Whether the weight is no longer what was packed."""
+        return self._watch.changed()
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes

@@ -1,0 +1,127 @@
+"""Which transformers this is, and whether it still has what the adapter relies on.
+
+The releases in ``TESTED`` run the tests. Any other release from 4.57 on is probed: names and parameters that the
+adapter calls or answers to are looked up, and what is missing is an error that names the release.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+
+import transformers
+
+__all__ = ["TESTED", "VERSION", "check", "parameters"]
+
+TESTED = ("4.57.6", "5.23.0")
+OLDEST = (4, 57)
+VERSION: str = transformers.__version__
+
+# module: {object: parameters it must have}
+_RELIED_ON: dict[str, dict[str, tuple[str, ...]]] = {
+    "cache_utils": {
+        "Cache": ("layers",),
+        "DynamicCache": ("config",),
+        "CacheLayerMixin": (),
+        "DynamicLayer.update": ("key_states", "value_states"),
+        "DynamicLayer.crop": (),
+        "DynamicLayer.reorder_cache": ("beam_idx",),
+        "DynamicLayer.batch_repeat_interleave": ("repeats",),
+        "DynamicLayer.batch_select_indices": ("indices",),
+        "StaticLayer": ("max_cache_len",),
+        "StaticLayer.update": ("key_states", "value_states"),
+        "EncoderDecoderCache": (),
+    },
+    "masking_utils": {
+        "AttentionMaskInterface.register": (),
+        "causal_mask_function": ("q_idx", "kv_idx"),
+        "find_packed_sequence_indices": ("position_ids",),
+        "sdpa_mask": (
+            "batch_size",
+            "kv_length",
+            "kv_offset",
+            "mask_function",
+            "attention_mask",
+            "allow_is_causal_skip",
+        ),
+    },
+    "modeling_utils": {
+        "AttentionInterface.register": (),
+        "PreTrainedModel.get_output_embeddings": (),
+    },
+    "modeling_outputs": {
+        "BaseModelOutputWithPast": ("last_hidden_state", "past_key_values", "hidden_states", "attentions"),
+        "BaseModelOutputWithPastAndCrossAttentions": ("last_hidden_state", "past_key_values", "cross_attentions"),
+    },
+    "pytorch_utils": {"Conv1D": ("nf", "nx")},
+    "activations": {"ACT2FN": ()},
+}
+# What every decoder's forward must take by these names, and all the names that the fast path knows what to do with.
+FORWARD = (
+    "input_ids",
+    "past_key_values",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "inputs_embeds",
+    "use_cache",
+)
+
+
+def parameters(function: object) -> tuple[str, ...]:
+    """Names of the parameters of a function or class, without ``self``."""
+    return tuple(name for name in inspect.signature(function).parameters if name != "self")
+
+
+def number(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version string."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+@functools.cache
+def check() -> None:
+    """Raises ImportError for a transformers that is too old, and RuntimeError for one that lacks what is relied on."""
+    if number(VERSION) < OLDEST:
+        raise ImportError(
+            f"transformers {VERSION} is too old for alula.integrations.transformers; accepted: "
+            f"{'.'.join(map(str, OLDEST))} or newer (tested with {' and '.join(TESTED)})"
+        )
+    missing = problems()
+    if missing:
+        raise RuntimeError(
+            f"transformers {VERSION} is not what alula.integrations.transformers was made for: {'; '.join(missing)}. "
+            f"Tested with {' and '.join(TESTED)}."
+        )
+
+
+def problems() -> list[str]:
+    """What the installed transformers lacks, one sentence each."""
+    found = []
+    for module_name, objects in _RELIED_ON.items():
+        try:
+            module = importlib.import_module(f"transformers.{module_name}")
+        except ImportError as error:
+            found.append(f"transformers.{module_name} cannot be imported ({error})")
+            continue
+        for path, names in objects.items():
+            target = module
+            for part in path.split("."):
+                target = getattr(target, part, None)
+            if target is None:
+                found.append(f"transformers.{module_name} has no {path}")
+            else:
+                found += _lacking(f"{module_name}.{path}", target, names)
+    from alula.integrations.transformers import cache, families
+
+    for layer in (cache.GrowingLayer, cache.FixedLayer):
+        if inspect.isabstract(layer):
+            found.append(f"cache layers need {', '.join(sorted(layer.__abstractmethods__))}")
+    for family in families.FAMILIES:
+        found += _lacking(f"{family.decoder.__name__}.forward", family.decoder.forward, FORWARD)
+    return found
+
+
+def _lacking(name: str, target: object, names: tuple[str, ...]) -> list[str]:
+    have = parameters(target) if names else ()
+    return [f"{name} has no parameter {wanted!r}" for wanted in names if wanted not in have]
