@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test bench lint format wheel build resources clean help
+.PHONY: demo test test-transformers-4 bench lint format wheel build resources clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "also: build, bench, lint, format, wheel, resources, clean"
+	@echo "also: build, bench, test-transformers-4, lint, format, wheel, resources, clean"
 
 # CUDA kernels take minutes to compile: without a GPU the demo leaves them out, unless ALULA_CUDA=1.
 demo: export ALULA_CUDA := $(or $(ALULA_CUDA),$(if $(wildcard /dev/nvidia0),,0))
@@ -19,6 +19,11 @@ demo: build
 
 test: build $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The drop-in's tests on the last transformers 4, which lies beside .venv's and is found before it.
+test-transformers-4: build $(VENV)/.test
+	test -d build/transformers-4 || $(PIP) --target build/transformers-4 -r requirements-transformers-4.txt
+	PYTHONPATH=build/transformers-4 $(BIN)/python -m pytest tests/test_transformers_*.py $(PYTEST_ARGS)
 
 # Kernels against PyTorch and the machine's limits; `alula bench model` (extra [bench]) compares whole models.
 bench: build $(VENV)/.test

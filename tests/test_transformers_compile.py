@@ -1,0 +1,130 @@
+"""torch.compile of accelerated models: one graph, alula's ops in it, the same results."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+import alula.integrations.transformers as at
+import torch
+from decoder_cases import random_ids
+from torch._dynamo.backends.debugging import aot_eager
+from transformers_cases import IS_5, LANGUAGE_MODELS, close, left_padded, pair
+
+
+class Graphs:
+    """A backend that keeps the names of the ops it is given."""
+
+    def __init__(self) -> None:
+        self.ops: list[list[str]] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        self.ops.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return aot_eager(graph, inputs)
+
+    def __deepcopy__(self, memo: dict) -> Graphs:  # generate copies its configuration, and the backend in it
+        return self
+
+    def prove(self, layers: int) -> None:
+        for ops in self.ops:
+            assert sum("alula.qkv_projection" in op for op in ops) == layers
+            assert sum("alula.attention" in op for op in ops) == layers
+            assert not any("scaled_dot_product" in op or "softmax" in op for op in ops)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("cls", LANGUAGE_MODELS)
+def test_full_graph(cls: str) -> None:
+    models = pair(2, cls)
+    graphs = Graphs()
+    compiled = torch.compile(models.fast, fullgraph=True, backend=graphs)
+    ids = random_ids(models.plain, 2, 7)
+    mask = left_padded(ids)
+    close(compiled(ids, attention_mask=mask).logits, models.plain(ids, attention_mask=mask).logits, mask)
+    out = compiled(ids)
+    close(out.logits, models.plain(ids).logits)
+    assert out.past_key_values.get_seq_length() == 7
+    assert len(graphs.ops) == 2
+    graphs.prove(models.plain.config.n_layer)
+
+
+@pytest.mark.parametrize("cls", LANGUAGE_MODELS)
+def test_steps_of_a_fixed_cache_share_a_graph(cls: str) -> None:
+    models = pair(2, cls)
+    graphs = Graphs()
+    compiled = torch.compile(models.fast, fullgraph=True, backend=graphs)
+    ids = random_ids(models.plain, 2, 9)
+    expected = models.plain(ids).logits
+    cache = at.make_cache(models.fast.config, 16)
+
+    def inputs(start: int, end: int) -> dict[str, Any]:
+        extra = {} if IS_5 else {"cache_position": torch.arange(start, end)}
+        return {"input_ids": ids[:, start:end], "past_key_values": cache, "use_cache": True, **extra}
+
+    close(models.fast(**inputs(0, 4)).logits, expected[:, :4])
+    for column in range(4, 9):
+        close(compiled(**inputs(column, column + 1)).logits, expected[:, column : column + 1])
+    assert int(cache.get_seq_length()) == 9
+    assert len(graphs.ops) == 1
+    graphs.prove(models.plain.config.n_layer)
+
+
+@pytest.mark.parametrize("cls", LANGUAGE_MODELS[:2])
+def test_generate_compiles_its_steps(cls: str) -> None:
+    models = pair(2, cls)
+    ids = random_ids(models.plain, 2, 5)
+    graphs = Graphs()
+    config = transformers.CompileConfig(fullgraph=True, backend=graphs, mode=None)
+    config._compile_all_devices = True
+    arguments = {
+        "attention_mask": left_padded(ids),
+        "max_new_tokens": 7,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 3,
+    }
+    found = models.fast.generate(ids, cache_implementation="static", compile_config=config, **arguments)
+    assert torch.equal(found, models.plain.generate(ids, **arguments))
+    assert len(graphs.ops) == 1
+    graphs.prove(models.plain.config.n_layer)
+
+
+def test_follows_loaded_weights() -> None:
+    models = pair(2, "GPT2LMHeadModel")
+    other = pair(3, "GPT2LMHeadModel").plain
+    same_shapes = {key: value * 0.5 for key, value in models.plain.state_dict().items()}
+    assert other is not models.plain
+    compiled = torch.compile(models.fast, fullgraph=True, backend="aot_eager")
+    ids = random_ids(models.plain, 1, 5)
+    kept = {key: value.clone() for key, value in models.plain.state_dict().items()}
+    compiled(ids)
+    try:
+        for model in (models.plain, models.fast):
+            model.load_state_dict(same_shapes)
+        close(compiled(ids).logits, models.plain(ids).logits)
+    finally:
+        for model in (models.plain, models.fast):
+            model.load_state_dict(kept)
+
+
+@pytest.mark.parametrize("cls", LANGUAGE_MODELS[:2])
+def test_attention_implementation(cls: str) -> None:
+    import copy
+
+    plain = pair(2, cls).plain
+    ours = copy.deepcopy(plain)
+    ours.set_attn_implementation("alula")
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    ids = random_ids(plain, 2, 6)
+    mask = left_padded(ids)
+    close(compiled(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits, mask)
