@@ -19,7 +19,7 @@ def ensure(parent: Path, name: str, dtype: str) -> Path:
     folder = parent / f"{name}-{dtype}-{SEED}"
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder, presets.PRESETS[name], dtype)
+        write(folder, presets.config_of(name), dtype)
     return folder
 
 

@@ -96,6 +96,33 @@ def _codegen_tensors(config: Config) -> Iterator[list[TensorSpec]]:
         ]
 
 
+def _big_bird_tensors(config: Config) -> Iterator[list[TensorSpec]]:
+    """The encoder with its pooler and without a head."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    start = "bert.embeddings"
+    yield [
+        TensorSpec(f"{start}.word_embeddings.weight", (config["vocab_size"], width), 0.5),
+        TensorSpec(f"{start}.position_embeddings.weight", (config["max_position_embeddings"], width), 0.5),
+        TensorSpec(f"{start}.token_type_embeddings.weight", (config["type_vocab_size"], width), 0.5),
+        *_norm(f"{start}.LayerNorm", width),
+        *_dense("bert.pooler", width, width),
+    ]
+    for layer in range(config["num_hidden_layers"]):
+        start = f"bert.encoder.layer.{layer}"
+        yield [
+            *(
+                spec
+                for name in ("query", "key", "value")
+                for spec in _dense(f"{start}.attention.self.{name}", width, width)
+            ),
+            *_dense(f"{start}.attention.output.dense", width, width),
+            *_norm(f"{start}.attention.output.LayerNorm", width),
+            *_dense(f"{start}.intermediate.dense", inner, width),
+            *_dense(f"{start}.output.dense", width, inner),
+            *_norm(f"{start}.output.LayerNorm", width),
+        ]
+
+
 def _matrices(config: Config, qkv_rows: int) -> int:
     width, inner = config["n_embd"], config["n_inner"]
     return config["n_layer"] * width * (qkv_rows + width + 2 * inner)
@@ -122,6 +149,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": _multi_head(lambda config: _gpt_tensors(config, 3 * config["n_embd"], turned=True)),
     "codegen": _multi_head(_codegen_tensors),
+    "big_bird": Family(
+        tensors=_big_bird_tensors,
+        matrix_elements=lambda config: (
+            config["num_hidden_layers"]
+            * config["hidden_size"]
+            * (4 * config["hidden_size"] + 2 * config["intermediate_size"])
+        ),
+        head_elements=lambda config: 0,
+        cache_elements=lambda config: 0,
+        attention_width=lambda config: config["num_hidden_layers"] * config["hidden_size"],
+    ),
 }
 
 
@@ -179,6 +217,39 @@ PRESETS: dict[str, Config] = {
 }
 
 
+def big_bird(layers: int, width: int, heads: int, positions: int, vocabulary: int, block: int = 64) -> Config:
+    """A BigBird encoder."""
+    return {
+        "model_type": "big_bird",
+        "architectures": ["BigBirdModel"],
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": positions,
+        "vocab_size": vocabulary,
+        "type_vocab_size": 2,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-12,
+        "attention_type": "block_sparse",
+        "block_size": block,
+        "num_random_blocks": 3,
+    }
+
+
+# Encoders: the time of a whole forward is what counts.
+ENCODERS: dict[str, Config] = {
+    "bigbird-base": big_bird(12, 768, 12, 4096, 50358),
+    "bigbird-large": big_bird(24, 1024, 16, 4096, 50358),
+    "bigbird-toy": big_bird(2, 64, 4, 512, 512, 16),
+}
+
+
+def config_of(name: str) -> Config:
+    """The configuration of a name of PRESETS or ENCODERS."""
+    return ENCODERS[name] if name in ENCODERS else PRESETS[name]
+
+
 def family(config: Config) -> Family:
     """The family of a configuration."""
     return FAMILIES[config["model_type"]]
@@ -201,6 +272,17 @@ def step_bytes(config: Config, element_bytes: int, batch: int, context: int) -> 
     of = family(config)
     weights = of.matrix_elements(config) + of.head_elements(config)
     return element_bytes * (weights + batch * context * of.cache_elements(config))
+
+
+def encoder_flops(config: Config, tokens: int, batch: int) -> int:
+    """Operations of an encoder's forward: matrices, and the pairs of tokens that BigBird's pattern in evaluation makes
+    (or all, for an input of at most (5 + 2 r) N tokens); a block that counts more than once is computed once."""
+    of, size = family(config), config["block_size"]
+    pairs = tokens * tokens
+    if tokens > (5 + 2 * config["num_random_blocks"]) * size:
+        blocks = -(-tokens // size)
+        pairs = (2 * blocks + 2 * 4 + 5 * (blocks - 4)) * size * size
+    return batch * (2 * tokens * of.matrix_elements(config) + 4 * pairs * of.attention_width(config))
 
 
 def prefill_flops(config: Config, lengths: list[int]) -> int:

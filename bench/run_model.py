@@ -1,4 +1,7 @@
-"""`alula bench model`: a model of a published shape with random weights, checked, then timed in turn with peers."""
+"""`alula bench model`: a model of a published shape with random weights, checked, then timed in turn with peers.
+
+Of a decoder prefill and decode are timed, of an encoder the whole forward.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from pathlib import Path
 
 import torch
 from alula.bench import limits, machine, model_folder, presets, report
+from alula.bench.encoder_rounds import EncoderGroup
 from alula.bench.engine import Engine
 from alula.bench.model_rounds import Group, Workload, plan_groups
-from alula.bench.peers import PEERS
+from alula.bench.peers import ENCODER_PEERS, PEERS
 
 HEADER = ("phase", "engine", "weights", "median", "+-", "rate", "of limit", "alula / it", "max error")
 
@@ -20,14 +24,21 @@ HEADER = ("phase", "engine", "weights", "median", "+-", "rate", "of limit", "alu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `alula bench model`."""
     peers = ",".join(name for name in PEERS if name != "alula")
-    parser.add_argument("--preset", choices=[*presets.PRESETS], default="mqa-768", help="shape (default %(default)s)")
+    shapes = [*presets.PRESETS, *presets.ENCODERS]
+    parser.add_argument("--preset", choices=shapes, default="mqa-768", help="shape (default %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="weights (default %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt of the prefill (default %(default)s)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, help="prompt of the prefill (default 128); an encoder's input (all)"
+    )
     parser.add_argument("--context", type=int, help="tokens before the timed steps (default: the prompt)")
     parser.add_argument("--batch", type=int, default=1, help="rows (default %(default)s)")
     parser.add_argument("--left-pad", action="store_true", help="rows of unequal lengths, padded on the left")
     parser.add_argument("--new-tokens", type=int, default=32, help="timed steps of a round (default %(default)s)")
-    parser.add_argument("--peers", default="hf-sdpa", metavar="NAMES", help=f"comma-separated: {peers}; all; none")
+    parser.add_argument(
+        "--peers",
+        metavar="NAMES",
+        help=f"comma-separated: {peers}; all; none (default hf-sdpa; of an encoder hf-eager)",
+    )
     parser.add_argument("--openvino-python", metavar="PATH", help="interpreter of OpenVINO's own environment")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each engine (default %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (default %(default)s)")
@@ -47,11 +58,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     """0: done and alula right; 1: alula wrong or failed; 2: arguments that cannot be; 130: interrupted."""
     if args.quick:
         args.rounds, args.new_tokens = 1, min(args.new_tokens, 4)
-    args.context = args.context or args.prompt_tokens
-    config = presets.PRESETS[args.preset]
+    config, is_encoder = presets.config_of(args.preset), args.preset in presets.ENCODERS
     try:
         names = engine_names(args)
-        workload = make_workload(args, config)
+        workload = make_encoder_workload(args, config) if is_encoder else make_workload(args, config)
     except ValueError as error:
         report.note(f"alula bench model: {error}")
         return 2
@@ -62,9 +72,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     print(machine.one_line(header), flush=True)
     measured = limits.measure(args.threads, 0.05 if args.quick else 0.5)
     print(measured.line(), flush=True)
+    lengths = f"{args.prompt_tokens} tokens" if is_encoder else f"prompt {args.prompt_tokens}, context {args.context}"
     print(
         f"{args.preset}: {presets.parameters(config) / 1e6:.0f} M parameters, {args.dtype}; batch {args.batch}"
-        f"{' left-padded' if args.left_pad else ''}, prompt {args.prompt_tokens}, context {args.context}",
+        f"{' left-padded' if args.left_pad else ''}, {lengths}",
         flush=True,
     )
     recorder.add({**header, "limits": dataclasses.asdict(measured), "preset": args.preset, "config": config})
@@ -72,8 +83,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         if args.memory:
             recorder.add(loading_memory(folder, args))
-        for members in plan_groups(names, config, args.dtype, machine.available_memory()):
-            group = Group(members, folder, workload, args.openvino_python, measured)
+        groups = [names] if is_encoder else plan_groups(names, config, args.dtype, machine.available_memory())
+        for members in groups:
+            kind = EncoderGroup if is_encoder else Group
+            group = kind(members, folder, workload, args.openvino_python, measured)
             try:
                 group.check()
                 group.time(args.rounds)
@@ -97,8 +110,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 
 def engine_names(args: argparse.Namespace) -> list[str]:
     """The engines asked for, alula first. ValueError for a name that is none."""
-    known = [name for name in PEERS if name != "alula"]
-    asked = {"all": known, "none": []}.get(args.peers, args.peers.split(","))
+    is_encoder = args.preset in presets.ENCODERS
+    known = [name for name in (ENCODER_PEERS if is_encoder else PEERS) if name != "alula"]
+    peers = args.peers or ("hf-eager" if is_encoder else "hf-sdpa")
+    asked = {"all": known, "none": []}.get(peers, peers.split(","))
     for name in asked:
         if name not in known:
             raise ValueError(f"--peers: {name!r} is none of {', '.join(known)}")
@@ -110,9 +125,9 @@ def engine_names(args: argparse.Namespace) -> list[str]:
 
 def make_workload(args: argparse.Namespace, config: presets.Config) -> Workload:
     """Prompts of random ids, the same in every run. ValueError for counts that the model has no room for."""
-    for name in ("prompt_tokens", "context", "batch", "new_tokens", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    args.prompt_tokens = 128 if args.prompt_tokens is None else args.prompt_tokens
+    args.context = args.prompt_tokens if args.context is None else args.context
+    _check_counts(args, "prompt_tokens", "context", "batch", "new_tokens", "rounds", "threads")
     draw = random.Random(7)
 
     def prompts(longest: int) -> list[list[int]]:
@@ -137,6 +152,36 @@ def make_workload(args: argparse.Namespace, config: presets.Config) -> Workload:
             f"positions of {args.preset}"
         )
     return workload
+
+
+def make_encoder_workload(args: argparse.Namespace, config: presets.Config) -> Workload:
+    """Rows of random ids, the same in every run, by default as long as the model takes. ValueError for others."""
+    limit = config["max_position_embeddings"]
+    args.prompt_tokens = limit if args.prompt_tokens is None else args.prompt_tokens
+    _check_counts(args, "prompt_tokens", "batch", "rounds", "threads")
+    for name in ("context", "left_pad", "memory"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for decoders, and {args.preset} is an encoder")
+    if args.prompt_tokens > limit:
+        raise ValueError(f"--prompt-tokens {args.prompt_tokens} exceeds the {limit} positions of {args.preset}")
+    draw = random.Random(7)
+    rows = [[draw.randrange(config["vocab_size"]) for _ in range(args.prompt_tokens)] for _ in range(args.batch)]
+    return Workload(
+        preset=args.preset,
+        config=config,
+        dtype=args.dtype,
+        threads=args.threads,
+        prompts=rows,
+        contexts=rows,
+        left_pad=False,
+        new_tokens=0,
+    )
+
+
+def _check_counts(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
 
 
 def loading_memory(folder: Path, args: argparse.Namespace) -> dict[str, object]:

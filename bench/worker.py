@@ -8,6 +8,8 @@ only for the engine `alula`. Whatever a library prints goes to standard error.
     {"do": "score", "sequences": [[...]], "last": n, "out": F}  -> F.npz: logits [n, B, V] of their last n positions
     {"do": "prefill", "prompts": [[...]]}                       -> seconds
     {"do": "decode", "prompts": [[...]], "steps": n}            -> seconds: [of each counted step]
+    {"do": "encode", "prompts": [[...]]}                        -> seconds (encoders)
+    {"do": "hidden", "prompts": [[...]], "out": F}              -> F.npz: hidden [B, T, E] of an encoder
 
 Each answer has "ok"; a false one has "error", and "missing": true where the engine does not exist here.
 """
@@ -108,6 +110,17 @@ class Server:
     def do_decode(self, prompts: list[list[int]], steps: int) -> dict[str, Any]:
         """Time steps after the prompts."""
         return {"seconds": self.engine.time_decode(prompts, steps)}
+
+    def do_encode(self, prompts: list[list[int]]) -> dict[str, Any]:
+        """Time one forward of an encoder."""
+        return {"seconds": self.engine.time_encode(prompts)}
+
+    def do_hidden(self, prompts: list[list[int]], out: str) -> dict[str, Any]:
+        """The last hidden states of an encoder, for the check."""
+        import numpy as np
+
+        np.savez(out, hidden=self.engine.hidden(prompts))
+        return {}
 
 
 def reset_peak_memory() -> None:

@@ -22,10 +22,19 @@ PEERS: dict[str, tuple[str, str]] = {
     "openvino": ("openvino", "OpenVINO"),
 }
 
+# The same for encoders; the worker is asked for them as "encoder:NAME".
+ENCODER_PEERS: dict[str, tuple[str, str]] = {
+    "alula": ("encoders", "AlulaEncoder"),
+    "hf-eager": ("encoders", "HFEncoder"),
+    "openvino": ("openvino_encoder", "OpenVINOEncoder"),
+}
+
 
 def peer_class(name: str) -> type[Peer]:
-    """The class of a name of PEERS. Raises Missing where what it needs is not installed."""
-    module, cls = PEERS[name]
+    """The class of a name of PEERS, or of ENCODER_PEERS behind "encoder:". Raises Missing where what it needs is not
+    installed."""
+    start, _, rest = name.partition(":")
+    module, cls = ENCODER_PEERS[rest] if start == "encoder" else PEERS[name]
     try:
         return getattr(importlib.import_module(f".{module}", __name__), cls)
     except ImportError as error:
