@@ -1,7 +1,7 @@
 """A transformers model made faster by one line, on this instance only, reversibly.
 
     import alula.integrations.transformers as at
-    report = at.accelerate(model)   # GPT-2, GPTBigCode, CodeGen: any of their classes
+    report = at.accelerate(model)   # GPT-2, GPTBigCode, CodeGen, BigBird: any of their classes
     print(report)                   # what was replaced, what was left and why
     at.restore(model)               # bit for bit what it was
 

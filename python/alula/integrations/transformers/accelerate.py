@@ -10,11 +10,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 import alula
-from alula.integrations.transformers import decoder, head, versions
+from alula.integrations.transformers import head, versions
+from alula.integrations.transformers.big_bird import BigBirdState
 from alula.integrations.transformers.cache import has_our_layers
+from alula.integrations.transformers.decoder import DecoderState
 from alula.integrations.transformers.families import FAMILIES, NotReplaceable, family_of
 from alula.integrations.transformers.guards import refuse
 from alula.integrations.transformers.report import Left, Replaced, Report
+from alula.integrations.transformers.state import StackState, bound_forward
 
 __all__ = ["accelerate", "accelerate_model", "refresh", "restore"]
 
@@ -35,8 +38,8 @@ def accelerate(model: PreTrainedModel) -> Report:
     """Makes this model run on alula; no other model, and no class, is touched.
 
     Args:
-        model: any class of GPT-2, GPTBigCode or CodeGen, or one that contains their decoders; on the CPU, in evaluation
-            mode, in float32, bfloat16 or float16.
+        model: any class of GPT-2, GPTBigCode, CodeGen or BigBird, or one that contains their models; on the CPU, in
+            evaluation mode, in float32, bfloat16 or float16.
 
     Returns: what was replaced and what was left, and why. Calling it again changes nothing, packs weights that changed,
         and reports again.
@@ -59,12 +62,12 @@ def accelerate(model: PreTrainedModel) -> Report:
         if family is None:
             continue
         try:
-            state = decoder.DecoderState(module, family)
+            state = (DecoderState if family.is_decoder else BigBirdState)(module, family)
         except NotReplaceable as error:
             report.left.append(Left(where or type(model).__name__, type(module).__name__, str(error)))
             continue
         taken[id(module)] = module
-        plans.append(_Plan(where, module, state, decoder.bound_forward(module), _lines(where, module, state)))
+        plans.append(_Plan(where, module, state, bound_forward(module), _lines(where, module, state)))
     if not taken:
         _nothing_replaced(model, report)
     plans += _heads(model, taken, report)
@@ -105,7 +108,7 @@ def refresh(model: nn.Module) -> None:
     for module in _uncompiled(model).modules():
         if _is_accelerated(module):
             state = module._alula
-            (state.stack if isinstance(state, decoder.DecoderState) else state.packed).pack(module)
+            (state.stack if isinstance(state, StackState) else state.packed).pack(module)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -142,12 +145,15 @@ def _after_loading(module: nn.Module, incompatible: Any) -> None:
 def _lines(where: str, module: nn.Module, state: Any) -> list[Replaced]:
     if isinstance(state, head.HeadState):
         return [Replaced(where, "output projection", 1, "linear", state.packed.nbytes)]
-    count = len(module.h)
-    attention = "attention_into" if state.family.name == "CodeGen" else "attention"
-    return [
-        Replaced(where, state.family.block.__name__, count, f"qkv_projection, {attention}, linear", state.stack.nbytes),
-        Replaced(where, "final LayerNorm", 1, "layer_norm", 0),
-    ]
+    family = state.family
+    count = len(family.blocks(module))
+    attention = {"CodeGen": "attention_into", "BigBird": "block_sparse_attention or attention"}.get(
+        family.name, "attention"
+    )
+    norms = ", layer_norm" if family.name == "BigBird" else ""
+    by = f"qkv_projection, {attention}, linear{norms}"
+    lines = [Replaced(where, family.block.__name__, count, by, state.stack.nbytes)]
+    return [*lines, Replaced(where, "final LayerNorm", 1, "layer_norm", 0)] if family.is_decoder else lines
 
 
 def _heads(model: PreTrainedModel, taken: dict[int, nn.Module], report: Report) -> list[_Plan]:
@@ -180,31 +186,30 @@ def _nothing_replaced(model: PreTrainedModel, report: Report) -> None:
             + "; ".join(f"{left.where}: {left.why}" for left in report.left)
         )
     known = ", ".join(family.name for family in FAMILIES)
-    raise ValueError(f"{type(model).__name__} is not supported; accepted: any class with a decoder of {known}")
+    raise ValueError(f"{type(model).__name__} is not supported; accepted: any class with a model of {known}")
 
 
 def _tell_of_the_rest(model: PreTrainedModel, taken: dict[int, nn.Module], report: Report) -> None:
     """Adds the modules with parameters that still run on PyTorch."""
-    inside = {
-        id(inner)
-        for module in taken.values()
-        for inner in (module.modules() if hasattr(module, "h") else [module])
-        if not hasattr(module, "h") or id(inner) not in _outer_parts(module)
-    }
+    inside = {id(inner) for module in taken.values() for inner in _replaced_parts(module)}
     for where, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if not own or id(module) in inside:
             continue
         why = "a look-up" if isinstance(module, nn.Embedding) else "not a part that alula replaces; PyTorch runs it"
-        if "crossattention" in where or "ln_cross_attn" in where:
+        if _is_cross(where):
             why = "cross-attention runs on transformers' blocks when encoder_hidden_states are given"
         report.left.append(Left(where, type(module).__name__, why))
 
 
-def _outer_parts(module: nn.Module) -> set[int]:
-    """Parts of an accelerated decoder that stay: embeddings and cross-attention."""
-    return {
-        id(inner)
-        for name, inner in module.named_modules()
-        if isinstance(inner, nn.Embedding) or "crossattention" in name or "ln_cross_attn" in name
-    }
+def _replaced_parts(module: nn.Module) -> list[nn.Module]:
+    """The modules below an accelerated one that alula computes."""
+    state = module._alula
+    if not isinstance(state, StackState):
+        return [module]
+    inner = [part for name, part in state.family.blocks(module).named_modules() if not _is_cross(name)]
+    return [*inner, module.ln_f] if state.family.is_decoder else inner
+
+
+def _is_cross(where: str) -> bool:
+    return "crossattention" in where or "ln_cross_attn" in where

@@ -15,14 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from alula import ops
-from alula.integrations.transformers.families import Family, NotReplaceable, engine_config, inspect_stack
+from alula.integrations.transformers.families import (
+    Family,
+    NotReplaceable,
+    dtype_of,
+    engine_config,
+    inspect_stack,
+)
+from alula.models.base import PreTrainedModel
 from alula.models.blocks import BlockShape
-from alula.models.decoder import DecoderModel
 from alula.models.layers import WeightModule
 
 __all__ = ["PackedHead", "PackedStack", "Watch", "changed_too_far"]
 
 
+# Cross-attention stays in transformers; BigBird's blocks are bound with its layer norm all the same.
+_CROSS, _CROSS_NORM = ("crossattention.", "ln_cross_attn."), "crossattention.output."
 _VERSION = operator.attrgetter("_version")
 
 
@@ -59,14 +67,14 @@ def changed_too_far(module: nn.Module, why: str) -> NotReplaceable:
 
 
 class PackedStack:
-    """The blocks of a decoder as :func:`alula.models.blocks.run_blocks` takes them.
+    """The blocks of a model as alula's loops over blocks take them.
 
     Attributes:
-        blocks: per block the bound tensors. shape: their sizes. dtype: of all. engine: alula's decoder that owns the
+        blocks: per block the bound tensors. shape: their sizes. dtype: of all. engine: alula's model that owns the
             packed tensors (it has no embeddings of its own).
     """
 
-    engine: DecoderModel
+    engine: PreTrainedModel
     shape: BlockShape
     dtype: torch.dtype
 
@@ -75,26 +83,28 @@ class PackedStack:
         self.pack(module)
 
     def pack(self, module: nn.Module) -> None:
-        """Packs every block. NotReplaceable, with nothing changed, where the decoder is not what alula computes."""
-        dtype = module.ln_f.weight.dtype
+        """Packs every block. NotReplaceable, with nothing changed, where the model is not what alula computes."""
+        dtype = dtype_of(module, self.family)
         engine = self.family.engine(engine_config(module, self.family), dtype=dtype, init_weights=False)
         inspect_stack(module, self.family, engine)
         with torch.no_grad():
-            blocks = [self._pack_block(module, engine, index) for index in range(len(module.h))]
+            pairs = zip(self.family.blocks(module), self.family.blocks(engine), strict=True)
+            blocks = [self._pack_block(*pair) for pair in pairs]
         self.engine, self.blocks, self.shape, self.dtype = engine, blocks, engine._shape, dtype
         self._watch(module)
 
     def _watch(self, module: nn.Module) -> None:
-        self._watches = [Watch(block.modules()) for block in module.h]
-        self._watch_all = Watch(inner for block in module.h for inner in block.modules())
+        blocks = self.family.blocks(module)
+        self._watches = [Watch(block.modules()) for block in blocks]
+        self._watch_all = Watch(inner for block in blocks for inner in block.modules())
 
     @staticmethod
-    def _pack_block(module: nn.Module, engine: DecoderModel, index: int) -> tuple:
-        parameters = dict(module.h[index].named_parameters())
-        for name, slot in engine.h[index].weight_slots().items():
-            if not name.startswith(("crossattention.", "ln_cross_attn.")):
+    def _pack_block(block: nn.Module, counterpart: nn.Module) -> tuple:
+        parameters = dict(block.named_parameters())
+        for name, slot in counterpart.weight_slots().items():
+            if not name.startswith(_CROSS) or name.startswith(_CROSS_NORM):
                 _share_or_write(slot.module, slot.name, parameters[name])
-        return engine.h[index].bind()
+        return counterpart.bind()
 
     def follow(self, module: nn.Module) -> bool:
         """Packs again what changed; whether something had."""
@@ -109,18 +119,21 @@ class PackedStack:
 
     def _repack(self, module: nn.Module, stale: list[int]) -> None:
         inspect_stack(module, self.family, self.engine)
-        if module.ln_f.weight.dtype != self.dtype:
+        if dtype_of(module, self.family) != self.dtype:
             self.pack(module)
             return
         with torch.no_grad():
+            blocks, counterparts = self.family.blocks(module), self.family.blocks(self.engine)
             for index in stale:
-                self.blocks[index] = self._pack_block(module, self.engine, index)
+                self.blocks[index] = self._pack_block(blocks[index], counterparts[index])
         self._watch(module)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copies: what is shared with the module is not counted."""
-        return sum(tensor.nbytes for block in self.blocks for tensor in block if tensor.dim() > 1)
+        return sum(
+            tensor.nbytes for block in self.blocks for tensor in block if tensor is not None and tensor.dim() > 1
+        )
 
 
 def _share_or_write(module: WeightModule, name: str, value: Tensor) -> None:

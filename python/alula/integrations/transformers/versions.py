@@ -53,11 +53,12 @@ _RELIED_ON: dict[str, dict[str, tuple[str, ...]]] = {
     "modeling_outputs": {
         "BaseModelOutputWithPast": ("last_hidden_state", "past_key_values", "hidden_states", "attentions"),
         "BaseModelOutputWithPastAndCrossAttentions": ("last_hidden_state", "past_key_values", "cross_attentions"),
+        "BaseModelOutputWithPoolingAndCrossAttentions": ("last_hidden_state", "pooler_output", "cross_attentions"),
     },
     "pytorch_utils": {"Conv1D": ("nf", "nx")},
     "activations": {"ACT2FN": ()},
 }
-# What every decoder's forward must take by these names, and all the names that the fast path knows what to do with.
+# What the forward of every family must take by these names.
 FORWARD = (
     "input_ids",
     "past_key_values",
@@ -118,7 +119,8 @@ def problems() -> list[str]:
         if inspect.isabstract(layer):
             found.append(f"cache layers need {', '.join(sorted(layer.__abstractmethods__))}")
     for family in families.FAMILIES:
-        found += _lacking(f"{family.decoder.__name__}.forward", family.decoder.forward, FORWARD)
+        found += _lacking(f"{family.body.__name__}.forward", family.body.forward, FORWARD)
+    found += _lacking("BigBirdAttention", families.FAMILIES[-1].parts[0], ("config", "seed"))
     return found
 
 
