@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from alula.models import big_bird_blocks
 from big_bird_cases import (
     TOLERANCE,
     alula_model,
@@ -163,6 +164,16 @@ def test_a_row_is_the_row_alone() -> None:
         poisoned = ids.masked_fill(mask == 0, 9)
         again = model(poisoned, attention_mask=mask).last_hidden_state
         assert torch.equal(again[mask.bool()], together[mask.bool()])
+
+
+def test_parts_of_an_mlp_change_no_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    model = alula.BigBirdModel(small(num_hidden_layers=2), dtype=dtype)
+    ids = random_ids(model, 2, 97)
+    whole = model(ids).last_hidden_state
+    for part in (1, 500, 9000):
+        monkeypatch.setattr(big_bird_blocks, "LARGE", part)
+        monkeypatch.setattr(big_bird_blocks, "PART", part)
+        assert torch.equal(model(ids).last_hidden_state, whole)
 
 
 # --- which attention -------------------------------------------------------------------------------------------------
