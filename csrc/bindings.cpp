@@ -10,6 +10,7 @@
 #include "cpu/peak.h"
 #include "cuda/device.h"
 #include "ops/block_plan.h"
+#include "ops/decoder_blocks.h"
 
 namespace py = pybind11;
 
@@ -109,6 +110,8 @@ PYBIND11_MODULE(_C, m) {
         "Use this instruction set from now on. Raises ValueError for one that is unknown or that this CPU lacks.");
   m.def("missing_cuda_code", &alula::missing_code, py::arg("major"), py::arg("minor"), py::arg("archs"),
         "Why a GPU of this compute capability cannot run code built for `archs` ('80 90a 120+'); empty where it can.");
+  m.def("release_decoder_blocks", &alula::release_decoder_blocks, py::arg("blocks"),
+        "Forget a stack of blocks that torch.ops.alula.bind_decoder_blocks made.");
   m.def("peak_gflops", &peak_gflops, py::arg("kind"), py::arg("seconds") = 0.2,
         "One core's measured rate in GFLOP/s, kind 'fp32_fma' or 'bf16_dot'; the GIL is released.");
   bind_block_plan(m);

@@ -10,7 +10,7 @@ import alula
 import pytest
 import torch
 import transformers
-from alula.models import blocks
+from alula import ops
 from decoder_cases import (
     FAMILIES,
     LANGUAGE_MODELS,
@@ -206,10 +206,14 @@ def test_calls_of_a_decode_step(lm: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     with Counting():
         model(torch.tensor([[5]]), past_key_values=cache, logits_to_keep=1)
+        plain_calls, calls[:] = list(calls), []
+        model(torch.tensor([[5]]), past_key_values=cache, logits_to_keep=1, output_hidden_states=True)
     block = ["qkv_projection", "attention", "linear", "linear", "linear"]
     if lm.startswith("CodeGen"):
         block = ["qkv_projection", "attention_into", "linear"]
-    assert calls == ["embedding", *block, *block, *block, "linear"]
+    assert plain_calls == ["embedding", "decoder_blocks", "linear"]
+    assert calls[:-2] == ["embedding", *block, *block, *block]  # what happens in between is looked at
+    assert set(calls[-2:]) == {"layer_norm", "linear"}
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -425,7 +429,7 @@ def test_a_failing_pass_leaves_the_cache_as_it_was(lm: str, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "linear_op", interrupted)
+        patch.setattr(ops, "decoder_blocks_op", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 4:], past_key_values=cache)
     assert cache.get_seq_length() == 4

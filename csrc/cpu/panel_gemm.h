@@ -18,8 +18,6 @@
 
 namespace alula::ALULA_ISA {
 
-constexpr int kPrefetchAhead = 4096;  // bytes
-
 // A packed row of X: its blocks of K, each kRowStride units, one block of K after the other for all rows of a row
 // block: [row block][block of K][rows][kRowStride].
 template <typename W>
@@ -102,7 +100,9 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
               static_cast<const float*>(packed) + row * row_size + step / kBlockSteps<W> * rows * kRowStride<W>;
           float* sums = c + (row - row_begin) * kPanel;
           // The first rows bring the panel's block from memory, the others find it in the cache.
-          const auto multiply = row == row_begin ? tile_for<W, kPrefetchAhead>(rows) : tile_for<W>(rows);
+          const auto multiply = row != row_begin ? tile_for<W>(rows)
+                                : blocks == 1    ? tile_for<W, Stream::kOnce>(rows)
+                                                 : tile_for<W, Stream::kFirst>(rows);
           multiply(a, b + step * kPair * kPanel, count, sums);
         }
       }

@@ -17,15 +17,26 @@ inline const char* kind_name(WeightKind kind) {
   return kNames[static_cast<int>(kind)];
 }
 
+// Memory for rows of X that one thread has packed; `run_panel_gemm` keeps it there.
+struct PackedX;
+
+inline size_t packed_bytes(const PanelGemmArgs& args, const PanelGemmKernels& kernels) {
+  return static_cast<size_t>(args.m * kernels.packed_row_bytes(args));
+}
+
+// In a team every member packs all of X for itself; it is for few rows.
+inline bool packs_alone(const PanelGemmArgs& args) {
+  return args.m * args.k <= kPackAloneValues || current_member() != nullptr;
+}
+
 // multiply(packed, first_panel, last_panel, first_block, last_block) on every thread's share. `op` is for the trace.
 template <typename Multiply>
 void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKernels& kernels,
                     const Multiply& multiply) {
-  struct PackedX;
   if (args.m == 0 || args.n == 0) return;
   const int64_t blocks = (args.m + kernels.rows_per_block - 1) / kernels.rows_per_block;
   const int64_t panels = num_panels(args.n);
-  const auto bytes = static_cast<size_t>(args.m * kernels.packed_row_bytes(args));
+  const size_t bytes = packed_bytes(args, kernels);
 
   // Threads split the panels; where there are fewer panels than threads, they split the rows too.
   const int64_t threads = num_threads();
@@ -37,7 +48,7 @@ void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKe
     multiply(packed, columns.begin, columns.end, rows.begin, rows.end);
   };
 
-  const bool packs_alone = args.m * args.k <= kPackAloneValues;
+  const bool alone = packs_alone(args);
   ALULA_TRACE(op, args.dtype, size_class(args.m), " rows, ", args.k, " -> ", args.n,
               args.norm_weight ? ", layer norm" : "", ", ", kind_name(args.format.kind),
               args.format.group_size ? " groups of " + std::to_string(args.format.group_size) : "",
@@ -45,8 +56,8 @@ void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKe
               : args.format.full_activations         ? " weight, full activations"
                                                      : " weight, int8 activations",
               ": panels over ", across, ", row blocks over ", down, " threads, x packed by ",
-              packs_alone ? "each for itself" : "all together");
-  if (packs_alone) {
+              alone ? "each for itself" : "all together");
+  if (alone) {
     parallel_parts(across * down, [&](int64_t part) {
       void* packed = thread_scratch<PackedX>().reserve(bytes);
       kernels.pack_rows(args, 0, blocks, packed);
@@ -112,22 +123,24 @@ inline void check_quantized_weight(const Tensor& weight, WeightFormat format, in
               "]; the tensor is truncated, or goes with another format or another input");
 }
 
-// A weight of either kind for x [.., K], whose dtype it is checked against (dense) or whose dtype it takes (quantized).
+// A weight of either kind, for activations of the dtype of `like`: a dense weight must have it too.
 struct CheckedWeight {
   DType dtype;
   WeightFormat format;
-  const char* like;  // what asks for that dtype
 };
-inline CheckedWeight checked_weight(const Tensor& weight, int64_t format_code, int64_t out_features, const Tensor& x) {
-  const int64_t in_features = x.size(x.dim() - 1);
+inline CheckedWeight checked_weight(const Tensor& weight, int64_t format_code, int64_t out_features,
+                                    int64_t in_features, const Tensor& like, const char* like_name) {
   if (format_code == 0) [[likely]] {
     const DType dtype = check_packed_weight(weight, out_features, in_features);
-    check_dtype(x, "x", weight.scalar_type(), "the weight");
-    return {dtype, {}, "the weight"};
+    check_dtype(like, like_name, weight.scalar_type(), "the weight");
+    return {dtype, {}};
   }
   const WeightFormat format = checked_format(format_code);
   check_quantized_weight(weight, format, out_features, in_features);
-  return {value_dtype(x, "x"), format, "x"};
+  return {value_dtype(like, like_name), format};
 }
+
+// What asks for the activations' dtype, in an error.
+inline const char* dtype_owner(int64_t format_code) { return format_code == 0 ? "the weight" : "x"; }
 
 }  // namespace alula

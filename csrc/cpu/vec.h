@@ -123,7 +123,11 @@ ALULA_INLINE Vec round_to_bf16(Vec a) {
   return load(lanes);
 }
 
-ALULA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// kOnce: used once, and kept out of the larger caches.
+template <bool kOnce = false>
+ALULA_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, kOnce ? 0 : 3);
+}
 
 template <bool kPastCaches, typename T>
 ALULA_INLINE void store_or_stream(T* p, Vec a) {

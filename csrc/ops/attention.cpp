@@ -4,12 +4,13 @@
 #include <array>
 #include <atomic>
 #include <cstring>
-#include <vector>
+#include <tuple>
 
 #include "core/scratch.h"
 #include "core/tensor.h"
 #include "core/trace.h"
 #include "cpu/parallel.h"
+#include "ops/calls.h"
 #include "ops/kv_cache.h"
 
 namespace alula {
@@ -60,19 +61,10 @@ void check_out(const Tensor& out, int64_t batch, int64_t tokens, int64_t width, 
 
 // --- what there is to do -----------------------------------------------------------------------------------------
 
-// Kept by each calling thread, so that a step of decoding allocates nothing.
-struct Plan {
-  std::vector<int32_t> tokens, limits;  // of all batch rows, one after another
-  std::vector<AttentionTile> tiles;
-  // When keys are split, per tile and one more at the end: its first item, where its partials begin, items not done.
-  std::vector<int64_t> first_item, offsets;
-  std::vector<int32_t> pending;
-  double multiply_adds, elements;
-};
-
 // Lists the tokens that are no padding, zeros the output of those that are, and cuts the rows into tiles.
-void make_tiles(Plan& plan, const AttentionArgs& args, const AttentionKernels& kernels, const int32_t* positions,
-                const int32_t* lengths, int64_t batch, bool causal, size_t element_bytes) {
+void make_tiles(AttentionPlan& plan, const AttentionArgs& args, const AttentionKernels& kernels) {
+  const auto& [positions, lengths, batch] = std::tie(args.positions, args.lengths, args.batch);
+  const size_t element_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
   const size_t token_bytes = static_cast<size_t>(args.num_heads * args.head_dim) * element_bytes;
   const size_t stride_bytes = static_cast<size_t>(args.out_stride) * element_bytes;
   const int64_t group = args.num_heads / args.num_kv_heads;
@@ -97,7 +89,7 @@ void make_tiles(Plan& plan, const AttentionArgs& args, const AttentionKernels& k
         continue;
       }
       tokens[count] = static_cast<int32_t>(t);
-      limits[count++] = causal ? std::min(lengths[b], position + (position < lengths[b])) : lengths[b];
+      limits[count++] = args.causal ? std::min(lengths[b], position + (position < lengths[b])) : lengths[b];
     }
     const int64_t rows = count * group;
     const int64_t cuts = (rows + wanted - 1) / wanted;
@@ -117,19 +109,9 @@ void make_tiles(Plan& plan, const AttentionArgs& args, const AttentionKernels& k
   }
 }
 
-// Takes what is next of `count` items, on as many threads as help. Who does which item does not show in the results.
-template <typename F>
-void run_items(int64_t count, const F& f) {
-  std::atomic<int64_t> next{0};
-  parallel_parts(std::min(count, num_threads()), [&](int64_t) {
-    for (int64_t item = next++; item < count; item = next++) f(item);
-  });
-}
-
 // Few tiles and many keys: an item is one key tile of one tile, and who finishes a tile's last item merges them all.
-void run_split(Plan& plan, const AttentionArgs& args, const AttentionKernels& kernels) {
+void plan_items(AttentionPlan& plan, const AttentionArgs& args, const AttentionKernels& kernels) {
   struct Partials;
-  struct Working;
   const size_t count = plan.tiles.size();
   plan.first_item.assign(count + 1, 0);
   plan.offsets.assign(count + 1, 0);
@@ -141,118 +123,158 @@ void run_split(Plan& plan, const AttentionArgs& args, const AttentionKernels& ke
     plan.first_item[i + 1] = plan.first_item[i] + items;
     plan.offsets[i + 1] = plan.offsets[i] + items * kernels.partial_bytes(args, tile.num_rows);
   }
-  char* partials = static_cast<char*>(thread_scratch<Partials>().reserve(static_cast<size_t>(plan.offsets[count])));
-  const auto scratch_bytes = static_cast<size_t>(kernels.scratch_bytes(args));
+  plan.partials = static_cast<char*>(thread_scratch<Partials>().reserve(static_cast<size_t>(plan.offsets[count])));
+}
+
+struct Working;
+
+void* working_memory(const AttentionPlan& plan) { return thread_scratch<Working>().reserve(plan.scratch_bytes); }
+
+void run_key_tiles(const AttentionArgs& args, AttentionPlan& plan, const AttentionKernels& kernels) {
   // Equal shares of neighbours, so that a thread's next item is mostly the next key tile, which it fetches ahead.
-  parallel_ranges(plan.first_item[count], 1, [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch<Working>().reserve(scratch_bytes);
+  parallel_ranges(plan.first_item.back(), 1, [&](int64_t begin, int64_t end) {
+    void* scratch = working_memory(plan);
     const auto after = std::upper_bound(plan.first_item.begin(), plan.first_item.end(), begin);
     size_t i = static_cast<size_t>(after - plan.first_item.begin()) - 1;
     for (int64_t item = begin; item < end; item++) {
       if (item == plan.first_item[i + 1]) i++;
       const AttentionTile& tile = plan.tiles[i];
       const int64_t index = item - plan.first_item[i], items = plan.first_item[i + 1] - plan.first_item[i];
-      char* partial = partials + plan.offsets[i] + index * kernels.partial_bytes(args, tile.num_rows);
+      char* partial = plan.partials + plan.offsets[i] + index * kernels.partial_bytes(args, tile.num_rows);
       kernels.attend_one(args, tile, index, partial, scratch);
-      if (std::atomic_ref(plan.pending[i]).fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        kernels.combine(args, tile, partials + plan.offsets[i], items, scratch);
+      std::atomic_ref pending(plan.pending[i]);
+      if (pending.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        kernels.combine(args, tile, plan.partials + plan.offsets[i], items, scratch);
+        pending.store(static_cast<int32_t>(items), std::memory_order_relaxed);  // for the next layer
       }
     }
   });
 }
 
-// `given`: where the result goes; null: into a new tensor, which is returned.
-OptionalTensor run(const Tensor& q, const Tensor& kv_cache, const Tensor& positions, const Tensor& lengths,
-                   const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal,
-                   const Tensor* given) {
+// Whoever is free takes the next tile; the last ones see most keys, so they go first. In a team (a few query rows, all
+// alike) the shares are fixed. Who does which tile does not show in the results.
+void run_row_tiles(const AttentionArgs& args, AttentionPlan& plan, const AttentionKernels& kernels) {
+  const auto count = static_cast<int64_t>(plan.tiles.size());
+  const auto attend = [&](int64_t item) {
+    kernels.attend_all(args, plan.tiles[static_cast<size_t>(count - 1 - item)], working_memory(plan));
+  };
+  if (plan.way == AttentionPlan::Way::kOneThread) {
+    parallel_parts(1, [&](int64_t) {
+      for (int64_t item = 0; item < count; item++) attend(item);
+    });
+  } else if (current_member()) {
+    parallel_ranges(count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; item++) attend(item);
+    });
+  } else {
+    std::atomic<int64_t> next{0};
+    parallel_parts(std::min(count, num_threads()), [&](int64_t) {
+      for (int64_t item = next++; item < count; item = next++) attend(item);
+    });
+  }
+}
+
+const char* name_of(MaskKind kind) {
+  constexpr const char* kNames[] = {"", ", bool mask", ", float32 mask", ", bfloat16 mask", ", float16 mask"};
+  return kNames[static_cast<int>(kind)];
+}
+
+}  // namespace
+
+AttentionPlan& plan_attention(const AttentionArgs& args) {
+  static thread_local AttentionPlan own_plan;
+  AttentionPlan& plan = own_plan;
+  const AttentionKernels& kernels = ALULA_KERNELS(kAttention);
+  make_tiles(plan, args, kernels);
+  plan.scratch_bytes = static_cast<size_t>(kernels.scratch_bytes(args));
+  const auto count = static_cast<int64_t>(plan.tiles.size());
+  using Way = AttentionPlan::Way;
+  plan.way = Way::kRowTiles;
+  if (num_threads() == 1 || (plan.multiply_adds <= kAloneMultiplyAdds && plan.elements <= kAloneElements)) {
+    plan.way = Way::kOneThread;
+  } else if (count < 3 * num_threads()) {
+    plan.way = Way::kKeyTiles;
+    plan_items(plan, args, kernels);
+  }
+  ALULA_TRACE("attention", args.dtype, "H ", args.num_heads, " G ", args.num_kv_heads, " D ", args.head_dim, ", batch ",
+              size_class(args.batch), ", ", size_class(args.tokens), " tokens on up to ",
+              size_class(*std::max_element(args.lengths, args.lengths + args.batch)), " keys",
+              args.causal ? ", causal" : "", name_of(args.mask_kind),
+              plan.way == Way::kOneThread  ? ": one thread"
+              : plan.way == Way::kKeyTiles ? ": key tiles over threads"
+                                           : ": row tiles over threads");
+  return plan;
+}
+
+void reserve_attention(const AttentionPlan& plan) { working_memory(plan); }
+
+void run_attention(const AttentionArgs& args, AttentionPlan& plan) {
+  const AttentionKernels& kernels = ALULA_KERNELS(kAttention);
+  if (plan.way == AttentionPlan::Way::kKeyTiles) {
+    run_key_tiles(args, plan, kernels);
+  } else {
+    run_row_tiles(args, plan, kernels);
+  }
+}
+
+Call<AttentionArgs> check_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& positions,
+                                    const Tensor& lengths, const OptionalTensor& mask, const OptionalTensor& head_mask,
+                                    double scale, bool causal) {
+  Call<AttentionArgs> call = {};
+  AttentionArgs& args = call.args;
   check_cpu(q, "q");
   ALULA_CHECK(q.dim() == 4, "q has shape ", shape_of(q), "; expected [B, T, H, D]");
-  const int64_t batch = q.size(0), tokens = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
-  const DType dtype = value_dtype(q, "q");
+  args.batch = q.size(0), args.tokens = q.size(1), args.num_heads = q.size(2), args.head_dim = q.size(3);
+  args.dtype = value_dtype(q, "q");
   ALULA_CHECK(kv_cache.dim() == 4, "kv_cache has shape ", shape_of(kv_cache), "; expected [B, G, S, 2 * D]");
-  const int64_t num_kv_heads = kv_cache.size(1);
-  check_heads(num_heads, num_kv_heads, head_dim);
-  check_kv_cache(kv_cache, batch, num_kv_heads, head_dim);
+  args.num_kv_heads = kv_cache.size(1);
+  check_heads(args.num_heads, args.num_kv_heads, args.head_dim);
+  check_kv_cache(kv_cache, args.batch, args.num_kv_heads, args.head_dim);
   check_dtype(kv_cache, "kv_cache", q.scalar_type(), "q");
-  const Tensor slots = checked_positions(positions, batch, tokens);
-  const Tensor valid = checked_lengths(lengths, batch, kv_cache.size(2));
-  const auto* length = static_cast<const int32_t*>(valid.const_data_ptr());
+  args.positions = static_cast<const int32_t*>(call.keep(checked_positions(positions, args.batch, args.tokens)));
+  args.lengths = static_cast<const int32_t*>(call.keep(checked_lengths(lengths, args.batch, kv_cache.size(2))));
   OptionalTensor head_factors = head_mask;
   if (head_factors) {
     check_cpu(*head_factors, "head_mask");
-    check_shape(*head_factors, "head_mask", {num_heads}, "[H]");
+    check_shape(*head_factors, "head_mask", {args.num_heads}, "[H]");
     check_dtype(*head_factors, "head_mask", ScalarType::Float, "a factor of probabilities");
     head_factors = as_contiguous(*head_factors);
   }
 
-  const Tensor query = as_contiguous(q);
-  AttentionArgs args = {};
-  args.dtype = dtype;
-  args.tokens = tokens;
-  args.num_heads = num_heads;
-  args.num_kv_heads = num_kv_heads;
-  args.head_dim = head_dim;
-  args.q = query.const_data_ptr();
+  args.q = call.keep(as_contiguous(q));
   args.kv_cache = kv_cache.const_data_ptr();
   for (int i = 0; i < 3; i++) args.kv_strides[i] = kv_cache.stride(i);
-  set_mask(args, mask, batch, batch > 0 ? *std::max_element(length, length + batch) : 0);
-  args.head_mask = static_cast<const float*>(data_or_null(head_factors));
+  args.causal = causal;
+  set_mask(args, mask, args.batch, args.batch > 0 ? *std::max_element(args.lengths, args.lengths + args.batch) : 0);
+  args.head_mask = static_cast<const float*>(call.keep(head_factors));
   args.scale = static_cast<float>(scale);
-  OptionalTensor made;
-  if (given) {
-    check_out(*given, batch, tokens, num_heads * head_dim, q.scalar_type());
-  } else {
-    made = torch::stable::empty({batch, tokens, num_heads * head_dim}, q.scalar_type());
-    given = &*made;
-  }
-  args.out = given->mutable_data_ptr();
-  args.out_stride = given->stride(1);
+  return call;
+}
 
-  struct Working;
-  static thread_local Plan own_plan;
-  Plan& plan = own_plan;  // a reference, so that other threads see this one's
-  const AttentionKernels& kernels = ALULA_KERNELS(kAttention);
-  const size_t element_bytes = dtype == DType::kFloat32 ? 4 : 2;
-  const auto* position = static_cast<const int32_t*>(slots.const_data_ptr());
-  make_tiles(plan, args, kernels, position, length, batch, causal, element_bytes);
-  const auto count = static_cast<int64_t>(plan.tiles.size());
-  const bool alone =
-      num_threads() == 1 || (plan.multiply_adds <= kAloneMultiplyAdds && plan.elements <= kAloneElements);
-  const bool splits_keys = !alone && count < 3 * num_threads();
-  ALULA_TRACE("attention", dtype, "H ", num_heads, " G ", num_kv_heads, " D ", head_dim, ", batch ", size_class(batch),
-              ", ", size_class(tokens), " tokens on up to ", size_class(kv_cache.size(2)), " keys",
-              causal ? ", causal" : "", mask ? ", mask " + name_of(mask->scalar_type()) : "",
-              alone         ? ": one thread"
-              : splits_keys ? ": key tiles over threads"
-                            : ": row tiles over threads");
-  if (splits_keys) {
-    run_split(plan, args, kernels);
-    return made;
-  }
-  const auto scratch_bytes = static_cast<size_t>(kernels.scratch_bytes(args));
-  const auto attend = [&](int64_t item) {  // the last tiles see most keys, so they go first
-    kernels.attend_all(args, plan.tiles[static_cast<size_t>(count - 1 - item)],
-                       thread_scratch<Working>().reserve(scratch_bytes));
-  };
-  if (alone) {
-    for (int64_t item = 0; item < count; item++) attend(item);
-  } else {
-    run_items(count, attend);
-  }
-  return made;
+namespace {
+
+void run_into(Call<AttentionArgs> call, const Tensor& out) {
+  call.args.out = out.mutable_data_ptr();
+  call.args.out_stride = out.stride(1);
+  run_attention(call.args, plan_attention(call.args));
 }
 
 }  // namespace
 
 Tensor attention(const Tensor& q, const Tensor& kv_cache, const Tensor& positions, const Tensor& lengths,
                  const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal) {
-  return *run(q, kv_cache, positions, lengths, mask, head_mask, scale, causal, nullptr);
+  Call<AttentionArgs> call = check_attention(q, kv_cache, positions, lengths, mask, head_mask, scale, causal);
+  Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2) * q.size(3)}, q.scalar_type());
+  run_into(std::move(call), out);
+  return out;
 }
 
 void attention_into(const Tensor& q, const Tensor& kv_cache, const Tensor& positions, const Tensor& lengths,
                     const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal,
                     const Tensor& out) {
-  run(q, kv_cache, positions, lengths, mask, head_mask, scale, causal, &out);
+  Call<AttentionArgs> call = check_attention(q, kv_cache, positions, lengths, mask, head_mask, scale, causal);
+  check_out(out, q.size(0), q.size(1), q.size(2) * q.size(3), q.scalar_type());
+  run_into(std::move(call), out);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {

@@ -11,14 +11,18 @@
 namespace alula {
 
 struct AttentionArgs {
-  DType dtype;            // of q, kv_cache and out
-  int64_t tokens;         // T
-  int64_t num_heads;      // H
-  int64_t num_kv_heads;   // G, divides H
-  int64_t head_dim;       // D
-  const void* q;          // [B, T, H, D]
-  const void* kv_cache;   // [B, G, S, 2 * D]: key, then value; the last dimension is contiguous
-  int64_t kv_strides[3];  // of B, G, S, in elements
+  DType dtype;               // of q, kv_cache and out
+  int64_t batch;             // B
+  int64_t tokens;            // T
+  int64_t num_heads;         // H
+  int64_t num_kv_heads;      // G, divides H
+  int64_t head_dim;          // D
+  const void* q;             // [B, T, H, D]
+  const void* kv_cache;      // [B, G, S, 2 * D]: key, then value; the last dimension is contiguous
+  int64_t kv_strides[3];     // of B, G, S, in elements
+  const int32_t* positions;  // [B, T]: the slot of a query; negative: padding, whose output is zeros
+  const int32_t* lengths;    // [B]: how many slots hold a key
+  bool causal;               // a query sees no slot beyond its own
   MaskKind mask_kind;
   const void* mask;         // [B, H, T, S'], bool: true = visible; else added to the scores. Null for kNone
   int64_t mask_strides[4];  // of B, H, T, S', in elements; 0 where it is broadcast

@@ -4,50 +4,76 @@
 
 #include "core/tensor.h"
 #include "cpu/panel_gemm_parallel.h"
+#include "ops/calls.h"
 
 namespace alula {
+Call<PanelGemmArgs> check_gemm_weights(const Tensor& weight, int64_t format, int64_t out_features, int64_t in_features,
+                                       const Tensor& like, const char* like_name, const OptionalTensor& bias,
+                                       const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                                       double norm_eps) {
+  const CheckedWeight w = checked_weight(weight, format, out_features, in_features, like, like_name);
+  ALULA_CHECK(norm_weight || !norm_bias, "norm_bias is given without norm_weight; give both, or norm_weight alone");
+  const char* owner = dtype_owner(format);
+  Call<PanelGemmArgs> call = {};
+  call.args = {
+      .dtype = w.dtype,
+      .x = nullptr,
+      .weight = weight.const_data_ptr(),
+      .bias = call.keep(feature_vector(bias, "bias", out_features, like, owner)),
+      .norm_weight = call.keep(feature_vector(norm_weight, "norm_weight", in_features, like, owner)),
+      .norm_bias = call.keep(feature_vector(norm_bias, "norm_bias", in_features, like, owner)),
+      .norm_eps = static_cast<float>(norm_eps),
+      .m = 0,
+      .n = out_features,
+      .k = in_features,
+      .format = w.format,
+  };
+  return call;
+}
 
-Tensor linear(const Tensor& x, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
-              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, int64_t activation,
-              const OptionalTensor& residual, int64_t format) {
+Call<LinearArgs> check_linear(const Tensor& x, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
+                              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+                              int64_t activation, const OptionalTensor& residual, int64_t format) {
   check_cpu(x, "x");
   ALULA_CHECK(x.dim() >= 1, "x has no dimensions; expected [..., in_features]");
   const int64_t k = x.size(x.dim() - 1);
-  const CheckedWeight w = checked_weight(weight, format, out_features, x);
+  Call<PanelGemmArgs> gemm =
+      check_gemm_weights(weight, format, out_features, k, x, "x", bias, norm_weight, norm_bias, norm_eps);
   check_activation(activation);
-  ALULA_CHECK(norm_weight || !norm_bias, "norm_bias is given without norm_weight; give both, or norm_weight alone");
-  const OptionalTensor b = feature_vector(bias, "bias", out_features, x, w.like);
-  const OptionalTensor nw = feature_vector(norm_weight, "norm_weight", k, x, w.like);
-  const OptionalTensor nb = feature_vector(norm_bias, "norm_bias", k, x, w.like);
-
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = out_features;
-  OptionalTensor r = residual;
-  if (r) {
-    check_cpu(*r, "residual");
-    check_dtype(*r, "residual", x.scalar_type(), w.like);
-    const bool fits = std::vector<int64_t>(r->sizes().begin(), r->sizes().end()) == sizes;
-    ALULA_CHECK(fits, "residual has shape ", shape_of(*r), "; expected that of the result: x ", shape_of(x), " with ",
-                out_features, " features");
-    r = as_contiguous(r);
+  if (residual) {
+    check_cpu(*residual, "residual");
+    check_dtype(*residual, "residual", x.scalar_type(), dtype_owner(format));
+    bool fits = residual->dim() == x.dim() && residual->size(x.dim() - 1) == out_features;
+    for (int64_t i = 0; i + 1 < x.dim(); i++) fits = fits && residual->size(i) == x.size(i);
+    ALULA_CHECK(fits, "residual has shape ", shape_of(*residual), "; expected that of the result: x ", shape_of(x),
+                " with ", out_features, " features");
   }
-  const Tensor input = as_contiguous(x);
-  Tensor out = torch::stable::empty(sizes, x.scalar_type());
+  Call<LinearArgs> call = {{gemm.args, static_cast<int>(activation), nullptr, nullptr}, std::move(gemm.kept)};
+  call.args.gemm.x = call.keep(as_contiguous(x));
+  call.args.gemm.m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) call.args.gemm.m *= x.size(i);
+  call.args.residual = call.keep(as_contiguous(residual));
+  return call;
+}
 
-  int64_t m = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); i++) m *= sizes[i];
-  const LinearArgs args = {
-      .gemm = {w.dtype, input.const_data_ptr(), weight.const_data_ptr(), data_or_null(b), data_or_null(nw),
-               data_or_null(nb), static_cast<float>(norm_eps), m, out_features, k, w.format},
-      .activation = static_cast<int>(activation),
-      .residual = data_or_null(r),
-      .out = out.mutable_data_ptr(),
-  };
+void run_linear(const LinearArgs& args) {
   const LinearKernels& kernels = ALULA_KERNELS(kLinear);
   run_panel_gemm("linear", args.gemm, kernels.gemm,
                  [&](const void* packed, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
                    kernels.multiply(args, packed, p0, p1, b0, b1);
                  });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
+              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, int64_t activation,
+              const OptionalTensor& residual, int64_t format) {
+  Call<LinearArgs> call =
+      check_linear(x, weight, out_features, bias, norm_weight, norm_bias, norm_eps, activation, residual, format);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = out_features;
+  Tensor out = torch::stable::empty(sizes, x.scalar_type());
+  call.args.out = out.mutable_data_ptr();
+  run_linear(call.args);
   return out;
 }
 

@@ -4,16 +4,17 @@
 
 #include "core/tensor.h"
 #include "cpu/panel_gemm_parallel.h"
+#include "ops/calls.h"
 #include "ops/kv_cache.h"
 
 namespace alula {
 
-Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
-                      int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, const Tensor& kv_cache,
-                      const Tensor& positions, const OptionalTensor& rotary_table,
-                      const OptionalTensor& rotary_positions, const OptionalTensor& mlp, int64_t mlp_activation,
-                      int64_t format) {
+Call<QkvProjectionArgs> check_qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                             const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                                             double norm_eps, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                                             const Tensor& kv_cache, const Tensor& positions,
+                                             const OptionalTensor& rotary_table, const OptionalTensor& rotary_positions,
+                                             const OptionalTensor& mlp, int64_t mlp_activation, int64_t format) {
   check_cpu(x, "x");
   ALULA_CHECK(x.dim() == 3, "x has shape ", shape_of(x), "; expected [B, T, E]");
   const int64_t batch = x.size(0), tokens = x.size(1), k = x.size(2);
@@ -21,16 +22,12 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   ALULA_CHECK(!mlp || mlp->dim() == 3, "mlp has shape ", shape_of(*mlp), "; expected [B, T, F]");
   const int64_t mlp_features = mlp ? mlp->size(mlp->dim() - 1) : 0;
   const int64_t n = (num_heads + 2 * num_kv_heads) * head_dim + mlp_features;
-  const CheckedWeight w = checked_weight(weight, format, n, x);
-  ALULA_CHECK(norm_weight || !norm_bias, "norm_bias is given without norm_weight; give both, or norm_weight alone");
-  const OptionalTensor b = feature_vector(bias, "bias", n, x, w.like);
-  const OptionalTensor nw = feature_vector(norm_weight, "norm_weight", k, x, w.like);
-  const OptionalTensor nb = feature_vector(norm_bias, "norm_bias", k, x, w.like);
+  Call<PanelGemmArgs> gemm = check_gemm_weights(weight, format, n, k, x, "x", bias, norm_weight, norm_bias, norm_eps);
+  Call<QkvProjectionArgs> call = {{}, std::move(gemm.kept)};
   check_kv_cache(kv_cache, batch, num_kv_heads, head_dim);
-  check_dtype(kv_cache, "kv_cache", x.scalar_type(), w.like);
+  check_dtype(kv_cache, "kv_cache", x.scalar_type(), dtype_owner(format));
   check_own_memory(kv_cache, "kv_cache");
-  const Tensor slots = checked_positions(positions, batch, tokens);
-  const auto* slot = static_cast<const int32_t*>(slots.const_data_ptr());
+  const auto* slot = static_cast<const int32_t*>(call.keep(checked_positions(positions, batch, tokens)));
   for (int64_t i = 0; i < batch * tokens; i++) {
     ALULA_CHECK(slot[i] < kv_cache.size(2), "positions holds ", slot[i], "; kv_cache has room for positions below ",
                 kv_cache.size(2));
@@ -47,37 +44,54 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   if (mlp) {
     check_cpu(*mlp, "mlp");
     check_shape(*mlp, "mlp", {batch, tokens, -1}, "[B, T, F]");
-    check_dtype(*mlp, "mlp", x.scalar_type(), w.like);
+    check_dtype(*mlp, "mlp", x.scalar_type(), dtype_owner(format));
     check_own_memory(*mlp, "mlp");
     check_token_rows(*mlp, "mlp");
   }
   check_activation(mlp_activation);
 
-  const Tensor input = as_contiguous(x);
-  Tensor q = torch::stable::empty({batch, tokens, num_heads, head_dim}, x.scalar_type());
-  const QkvProjectionArgs args = {
-      .gemm = {w.dtype, input.const_data_ptr(), weight.const_data_ptr(), data_or_null(b), data_or_null(nw),
-               data_or_null(nb), static_cast<float>(norm_eps), batch * tokens, n, k, w.format},
+  gemm.args.x = call.keep(as_contiguous(x));
+  gemm.args.m = batch * tokens;
+  call.args = {
+      .gemm = gemm.args,
       .tokens = tokens,
       .num_heads = num_heads,
       .num_kv_heads = num_kv_heads,
       .head_dim = head_dim,
-      .q = q.mutable_data_ptr(),
+      .q = nullptr,
       .kv_cache = kv_cache.mutable_data_ptr(),
       .kv_strides = {kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2)},
       .positions = slot,
-      .rotary_table = static_cast<const float*>(data_or_null(table)),
-      .rotary_positions = static_cast<const int32_t*>(data_or_null(turns)),
+      .rotary_table = static_cast<const float*>(call.keep(table)),
+      .rotary_positions = static_cast<const int32_t*>(call.keep(turns)),
       .rotary_dim = table ? table->size(1) : 0,
       .mlp = mlp ? mlp->mutable_data_ptr() : nullptr,
       .mlp_stride = mlp ? mlp->stride(1) : 0,
       .mlp_activation = static_cast<int>(mlp_activation),
   };
+  return call;
+}
+
+void run_qkv_projection(const QkvProjectionArgs& args) {
   const QkvProjectionKernels& kernels = ALULA_KERNELS(kQkvProjection);
   run_panel_gemm("qkv_projection", args.gemm, kernels.gemm,
                  [&](const void* packed, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
                    kernels.multiply(args, packed, p0, p1, b0, b1);
                  });
+}
+
+Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+                      int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, const Tensor& kv_cache,
+                      const Tensor& positions, const OptionalTensor& rotary_table,
+                      const OptionalTensor& rotary_positions, const OptionalTensor& mlp, int64_t mlp_activation,
+                      int64_t format) {
+  Call<QkvProjectionArgs> call =
+      check_qkv_projection(x, weight, bias, norm_weight, norm_bias, norm_eps, num_heads, num_kv_heads, head_dim,
+                           kv_cache, positions, rotary_table, rotary_positions, mlp, mlp_activation, format);
+  Tensor q = torch::stable::empty({x.size(0), x.size(1), num_heads, head_dim}, x.scalar_type());
+  call.args.q = q.mutable_data_ptr();
+  run_qkv_projection(call.args);
   return q;
 }
 

@@ -1,4 +1,5 @@
-"""The loops that run a stack of decoder blocks over flat lists of tensors, and the tensors they take.
+"""How a stack of decoder blocks runs over flat lists of tensors, and the tensors it takes: one op call for the whole
+stack, or, where something happens between two ops of a block, the loops that call them one by one.
 
 Two kinds of blocks: sequential ones (GPTBigCode, GPT-2: five calls a layer) and parallel ones (CodeGen: three).
 
@@ -8,8 +9,8 @@ width, P positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from alula.ops import PackedWeight
 
 __all__ = [
     "BlockShape",
+    "BlockStack",
     "BlockWeights",
     "ParallelBlockWeights",
     "attention_probabilities",
@@ -35,6 +37,9 @@ linear_op = torch.ops.alula.linear.default
 qkv_op = torch.ops.alula.qkv_projection.default
 attention_op = torch.ops.alula.attention.default
 attention_into_op = torch.ops.alula.attention_into.default
+
+
+T = TypeVar("T", "BlockWeights", "ParallelBlockWeights")
 
 
 class BlockShape(NamedTuple):
@@ -78,6 +83,39 @@ class ParallelBlockWeights(NamedTuple):
     out_bias: Tensor
 
 
+class BlockStack(Sequence[T]):
+    """The tensors of all blocks, and one call that runs them (:class:`alula.ops.DecoderBlocks`)."""
+
+    __slots__ = ("_blocks", "_shape", "run")
+
+    def __init__(self, blocks: Sequence[T], shape: BlockShape) -> None:
+        self._blocks = list(blocks)
+        self._shape = shape
+        self.run = ops.DecoderBlocks(
+            [tensor for block in self._blocks for tensor in block],
+            is_parallel=isinstance(self._blocks[0], ParallelBlockWeights),
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            mlp_width=shape.mlp_width,
+            scales=shape.scales,
+            norm_eps=shape.norm_eps,
+            activation=next(name for name, code in ops.ACTIVATIONS.items() if code == shape.activation),
+        )
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._blocks[index]
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._blocks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BlockStack, (self._blocks, self._shape)  # a copy binds its own tensors
+
+
 def bind(*modules: LayerNorm | Linear) -> list[Tensor]:
     """The stored weight and bias of each module in turn."""
     tensors: list[Tensor] = []
@@ -109,7 +147,7 @@ BlockObserver = Callable[[int, Tensor, Tensor], None]
 
 
 def run_blocks(
-    blocks: Sequence[BlockWeights],
+    blocks: BlockStack[BlockWeights],
     shape: BlockShape,
     x: Tensor,
     kv_layers: Sequence[Tensor],
@@ -122,8 +160,8 @@ def run_blocks(
     observe: BlockObserver | None = None,
     cross: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Runs pre-layer-norm blocks, five calls each: QKV (normed), attention, output (+ residual), MLP in (normed,
-    activated), MLP out (+ residual).
+    """Runs pre-layer-norm blocks: QKV (normed), attention, output (+ residual), MLP in (normed, activated), MLP out
+    (+ residual). One op call for all, or with padding after tokens, ``observe`` or ``cross``, five calls a block.
 
     Args:
         x: [B, T, E]. kv_layers: per block [B, G, S, 2*D], written. positions, lengths: int32 [B, T], [B].
@@ -136,6 +174,8 @@ def run_blocks(
 
     Returns: [B, T, E], not normed.
     """
+    if padding_positions is None and observe is None and cross is None:
+        return blocks.run(x, kv_layers, positions, lengths, mask=mask, head_masks=head_masks or (), causal=causal)
     heads, kv_heads, head_dim, width, mlp_width, scales, eps, activation = shape
     for layer, (n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc_w, fc_b, proj_w, proj_b) in enumerate(blocks):
         kv = kv_layers[layer]
@@ -155,7 +195,7 @@ def run_blocks(
 
 
 def run_parallel_blocks(
-    blocks: Sequence[ParallelBlockWeights],
+    blocks: BlockStack[ParallelBlockWeights],
     shape: BlockShape,
     x: Tensor,
     kv_layers: Sequence[Tensor],
@@ -169,13 +209,26 @@ def run_parallel_blocks(
     rotary_table: Tensor,
     rotary_positions: Tensor,
 ) -> Tensor:
-    """Runs parallel blocks ``x + attention(norm(x)) + mlp(norm(x))``, three calls each: QKV and MLP in as one product
-    (normed, turned, activated), attention, attention output and MLP out as one product (+ residual).
+    """Runs parallel blocks ``x + attention(norm(x)) + mlp(norm(x))``: QKV and MLP in as one product (normed, turned,
+    activated), attention, attention output and MLP out as one product (+ residual). One op call for all, or with
+    padding after tokens or ``observe``, three calls a block.
 
     Attention and MLP in write side by side into one [B, T, E + F], which the last product reads.
 
     Args: as :func:`run_blocks`; rotary_table: float32 [P, rotary_dim]; rotary_positions: int32 [B, T], its rows.
     """
+    if padding_positions is None and observe is None:
+        return blocks.run(
+            x,
+            kv_layers,
+            positions,
+            lengths,
+            mask=mask,
+            head_masks=head_masks or (),
+            causal=causal,
+            rotary_table=rotary_table,
+            rotary_positions=rotary_positions,
+        )
     heads, kv_heads, head_dim, width, mlp_width, scales, eps, activation = shape
     inner = x.new_empty(x.shape[0], x.shape[1], width + mlp_width)
     attended, mlp = inner[..., :width], inner[..., width:]

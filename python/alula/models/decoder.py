@@ -14,7 +14,7 @@ from torch import Tensor
 from alula.cache import KVCache
 from alula.config import PretrainedConfig
 from alula.models.base import PreTrainedModel
-from alula.models.blocks import BlockObserver, BlockShape, attention_probabilities, embedding_op, run_blocks
+from alula.models.blocks import BlockObserver, BlockShape, BlockStack, attention_probabilities, embedding_op, run_blocks
 from alula.models.cross_attention import CrossAttention, make_cross_key_values
 from alula.models.inputs import InputChecks, out_of_range
 from alula.models.layers import VERSION, Embedding, LayerNorm, PositionTable
@@ -145,7 +145,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
     def _bind(self) -> _Bound:
         bound = self._bound
         if bound.stamp != VERSION.count:
-            bound.blocks = [block.bind() for block in self.h]
+            bound.blocks = BlockStack([block.bind() for block in self.h], self._shape)
             bound.table = self.wte.stored("weight").data
             bound.vocab_size = self.wte.num_embeddings
             learned = getattr(self, "wpe", None)

@@ -23,7 +23,7 @@ from alula.integrations.transformers.families import (
     inspect_stack,
 )
 from alula.models.base import PreTrainedModel
-from alula.models.blocks import BlockShape
+from alula.models.blocks import BlockShape, BlockStack, BlockWeights, ParallelBlockWeights
 from alula.models.layers import WeightModule
 
 __all__ = ["PackedHead", "PackedStack", "Watch", "changed_too_far"]
@@ -90,7 +90,8 @@ class PackedStack:
         with torch.no_grad():
             pairs = zip(self.family.blocks(module), self.family.blocks(engine), strict=True)
             blocks = [self._pack_block(*pair) for pair in pairs]
-        self.engine, self.blocks, self.shape, self.dtype = engine, blocks, engine._shape, dtype
+        self.engine, self.shape, self.dtype = engine, engine._shape, dtype
+        self.blocks = _bound(blocks, self.shape)
         self._watch(module)
 
     def _watch(self, module: nn.Module) -> None:
@@ -122,10 +123,12 @@ class PackedStack:
         if dtype_of(module, self.family) != self.dtype:
             self.pack(module)
             return
+        blocks = list(self.blocks)
         with torch.no_grad():
-            blocks, counterparts = self.family.blocks(module), self.family.blocks(self.engine)
+            modules, counterparts = self.family.blocks(module), self.family.blocks(self.engine)
             for index in stale:
-                self.blocks[index] = self._pack_block(blocks[index], counterparts[index])
+                blocks[index] = self._pack_block(modules[index], counterparts[index])
+        self.blocks = _bound(blocks, self.shape)
         self._watch(module)
 
     @property
@@ -134,6 +137,11 @@ class PackedStack:
         return sum(
             tensor.nbytes for block in self.blocks for tensor in block if tensor is not None and tensor.dim() > 1
         )
+
+
+def _bound(blocks: list[tuple], shape: BlockShape) -> BlockStack | list[tuple]:
+    """What runs in one call, where these blocks can."""
+    return BlockStack(blocks, shape) if isinstance(blocks[0], BlockWeights | ParallelBlockWeights) else blocks
 
 
 def _share_or_write(module: WeightModule, name: str, value: Tensor) -> None:

@@ -1,0 +1,277 @@
+// decoder_blocks: a whole stack of decoder blocks in one call, by the kernels of linear, qkv_projection and attention.
+//
+// Every call of an op costs 4 to 6 us beside its work, and every parallel_for in it some more: much, where sixty calls
+// make a step of a few milliseconds. Here all is checked first, then a team (cpu/team.h) goes through the blocks. With
+// more rows than one tile takes, each product is long enough to be shared out on its own.
+#include "ops/decoder_blocks.h"
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "core/tensor.h"
+#include "cpu/panel_gemm_parallel.h"
+#include "ops/calls.h"
+#include "ops/kv_cache.h"
+
+namespace alula {
+namespace {
+
+// Weights a thread fetches at most while it waits for the others: a small part of a second-level cache.
+constexpr int64_t kFetchBytes = 128 * 1024;
+
+// The tensors of a block, in the order of `weights`. Sequential blocks have all, parallel ones the first six: kQkv has
+// the rows of MLP in below it, kOut the columns of MLP out beside it.
+enum Weight { kNorm1, kNorm1Bias, kQkv, kQkvBias, kOut, kOutBias, kNorm2, kNorm2Bias, kFc, kFcBias, kProj, kProjBias };
+constexpr size_t kParallelWeights = kOutBias + 1;
+constexpr size_t kSequentialWeights = kProjBias + 1;
+
+// What bind_decoder_blocks checked and keeps: a stack of blocks, all but its inputs.
+struct Stack {
+  bool is_parallel;
+  int64_t width, num_heads, num_kv_heads, head_dim, mlp_width;
+  int activation;
+  std::vector<float> scales;
+  ScalarType dtype;
+  std::vector<Tensor> weights;
+  std::vector<int64_t> formats;
+  std::vector<Call<PanelGemmArgs>> gemms;  // per block: QKV (and MLP in), then those of Block::linear
+  size_t per_block() const { return is_parallel ? 2 : 4; }
+  size_t layers() const { return scales.size(); }
+};
+
+// Stacks by the number that stands for them. Python holds a number as long as the stack is needed.
+class Stacks {
+ public:
+  int64_t add(std::shared_ptr<const Stack> stack) {
+    const std::lock_guard lock(mutex_);
+    stacks_.emplace(++last_, std::move(stack));
+    return last_;
+  }
+  std::shared_ptr<const Stack> at(int64_t id) {
+    const std::lock_guard lock(mutex_);
+    const auto found = stacks_.find(id);
+    ALULA_CHECK(found != stacks_.end(), "blocks is ", id,
+                ", which stands for no stack of blocks; bind one with alula.ops.DecoderBlocks and keep it");
+    return found->second;
+  }
+  void remove(int64_t id) {
+    const std::lock_guard lock(mutex_);
+    stacks_.erase(id);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const Stack>> stacks_;
+  int64_t last_ = 0;
+};
+
+Stacks& stacks() {
+  static Stacks* const all = new Stacks;  // never destroyed: Python may let go of numbers at exit
+  return *all;
+}
+
+struct Block {
+  QkvProjectionArgs qkv;
+  AttentionArgs attention;
+  std::array<LinearArgs, 3> linear;  // sequential: attention output, MLP in, MLP out; parallel: both outputs
+};
+
+// The calling member's share of a packed weight, as run_panel_gemm will deal it out, from its start.
+Fetch share_of_weight(const PanelGemmArgs& args, const TeamMember& member) {
+  const int64_t panels = num_panels(args.n);
+  const Range share = share_of(panels, member.rank, member.size());
+  const int64_t dense = args.dtype == DType::kFloat32 ? args.k * 4 : (args.k + args.k % 2) * 2;
+  const bool is_dense = args.format.kind == WeightKind::kDense;
+  const int64_t panel = is_dense ? kPanelRows * dense : panel_bytes(args.format, args.k);
+  const int64_t bytes = (share.end - share.begin) * panel;
+  return {static_cast<const char*>(args.weight) + share.begin * panel, bytes < kFetchBytes ? bytes : kFetchBytes};
+}
+
+// One thread of many, or the one that has them all: every block in order.
+void run_blocks(const std::vector<Block>& blocks, size_t products, AttentionPlan& plan) {
+  TeamMember* member = current_member();
+  const auto fetch_next = [member](const PanelGemmArgs& next) {
+    if (member && member->team) member->fetch = share_of_weight(next, *member);
+  };
+  for (size_t layer = 0; layer < blocks.size(); layer++) {
+    const Block& block = blocks[layer];
+    fetch_next(block.linear[0].gemm);
+    run_qkv_projection(block.qkv);
+    run_attention(block.attention, plan);
+    for (size_t i = 0; i < products; i++) {
+      if (i + 1 < products) {
+        fetch_next(block.linear[i + 1].gemm);
+      } else if (layer + 1 < blocks.size()) {
+        fetch_next(blocks[layer + 1].qkv.gemm);
+      }
+      run_linear(block.linear[i]);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t bind_decoder_blocks(std::vector<Tensor> weights, std::vector<int64_t> formats, bool is_parallel,
+                            int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t mlp_width,
+                            const std::vector<double>& scales, double norm_eps, int64_t activation) {
+  const size_t layers = scales.size(), tensors = is_parallel ? kParallelWeights : kSequentialWeights;
+  ALULA_CHECK(layers > 0, "scales is empty; give a number for each block");
+  ALULA_CHECK(weights.size() == layers * tensors, "weights holds ", weights.size(), " tensors; ", layers,
+              is_parallel ? " parallel" : " sequential", " blocks (one for each of scales) have ", layers * tensors,
+              ", ", tensors, " each");
+  ALULA_CHECK(formats.size() == weights.size(), "formats holds ", formats.size(), " numbers; expected one for each of ",
+              weights.size(), " weights");
+  check_heads(num_heads, num_kv_heads, head_dim);
+  check_activation(activation);
+  ALULA_CHECK(mlp_width > 0, "mlp_width is ", mlp_width, "; it must be positive");
+  ALULA_CHECK(weights[kNorm1].dim() == 1, "the first weight has shape ", shape_of(weights[kNorm1]),
+              "; expected [E], the weight of a layer norm");
+  const int64_t width = weights[kNorm1].size(0), attended = num_heads * head_dim;
+  const int64_t qkv_rows = attended + 2 * num_kv_heads * head_dim;
+
+  auto stack = std::make_shared<Stack>();
+  for (size_t layer = 0; layer < layers; layer++) {
+    const Tensor* w = weights.data() + layer * tensors;
+    const auto add = [&](int64_t n, int64_t k, Weight weight, const OptionalTensor& norm,
+                         const OptionalTensor& norm_bias) {
+      stack->gemms.push_back(check_gemm_weights(w[weight], formats[layer * tensors + weight], n, k, weights[kNorm1],
+                                                "the first layer norm", w[weight + 1], norm, norm_bias, norm_eps));
+    };
+    add(is_parallel ? qkv_rows + mlp_width : qkv_rows, width, kQkv, w[kNorm1], w[kNorm1Bias]);
+    add(width, is_parallel ? attended + mlp_width : attended, kOut, {}, {});
+    if (is_parallel) continue;
+    add(mlp_width, width, kFc, w[kNorm2], w[kNorm2Bias]);
+    add(width, mlp_width, kProj, {}, {});
+  }
+  stack->is_parallel = is_parallel;
+  stack->width = width;
+  stack->num_heads = num_heads, stack->num_kv_heads = num_kv_heads, stack->head_dim = head_dim;
+  stack->mlp_width = mlp_width;
+  stack->activation = static_cast<int>(activation);
+  stack->scales.assign(scales.begin(), scales.end());
+  stack->dtype = weights[kNorm1].scalar_type();
+  stack->weights = std::move(weights);
+  stack->formats = std::move(formats);
+  return stacks().add(std::move(stack));
+}
+
+void release_decoder_blocks(int64_t id) { stacks().remove(id); }
+
+Tensor decoder_blocks(const Tensor& x, int64_t id, const std::vector<Tensor>& kv_caches, const Tensor& positions,
+                      const Tensor& lengths, const OptionalTensor& mask, const std::vector<Tensor>& head_masks,
+                      bool causal, const OptionalTensor& rotary_table, const OptionalTensor& rotary_positions) {
+  const std::shared_ptr<const Stack> stack = stacks().at(id);
+  const size_t layers = stack->layers(), per_block = stack->per_block();
+  check_cpu(x, "x");
+  check_shape(x, "x", {-1, -1, stack->width}, "[B, T, E]");
+  check_dtype(x, "x", stack->dtype, "the stack");
+  ALULA_CHECK(kv_caches.size() == layers, "kv_caches holds ", kv_caches.size(), " tensors; the stack has ", layers,
+              " blocks");
+  ALULA_CHECK(head_masks.empty() || head_masks.size() == layers, "head_masks holds ", head_masks.size(),
+              " tensors; expected none, or one for each of ", layers, " blocks");
+  const int64_t batch = x.size(0), tokens = x.size(1), attended_width = stack->num_heads * stack->head_dim;
+  const Tensor input = as_contiguous(x);
+
+  // One of each, for all blocks: a block has read them before the next one writes.
+  Tensor hidden = new_large_tensor({batch, tokens, stack->width}, stack->dtype);
+  const Tensor q = new_large_tensor({batch, tokens, stack->num_heads, stack->head_dim}, stack->dtype);
+  Tensor attended, mlp;
+  if (stack->is_parallel) {
+    Tensor inner = new_large_tensor({batch, tokens, attended_width + stack->mlp_width}, stack->dtype);
+    attended = torch::stable::narrow(inner, 2, 0, attended_width);
+    mlp = torch::stable::narrow(inner, 2, attended_width, stack->mlp_width);
+  } else {
+    attended = new_large_tensor({batch, tokens, attended_width}, stack->dtype);
+    mlp = new_large_tensor({batch, tokens, stack->mlp_width}, stack->dtype);
+  }
+
+  // All checks, on the first block; the others differ in their caches and head masks.
+  const auto head_mask_of = [&](size_t layer) {
+    return head_masks.empty() ? OptionalTensor() : OptionalTensor(head_masks[layer]);
+  };
+  const Tensor* w = stack->weights.data();
+  const Call<QkvProjectionArgs> first_qkv =
+      check_qkv_projection(input, w[kQkv], w[kQkvBias], w[kNorm1], w[kNorm1Bias], 0.0, stack->num_heads,
+                           stack->num_kv_heads, stack->head_dim, kv_caches[0], positions, rotary_table,
+                           rotary_positions, stack->is_parallel ? OptionalTensor(mlp) : OptionalTensor(),
+                           stack->is_parallel ? stack->activation : 0, stack->formats[kQkv]);
+  std::vector<Call<AttentionArgs>> attentions;  // with head masks each keeps its own
+  attentions.push_back(
+      check_attention(q, kv_caches[0], positions, lengths, mask, head_mask_of(0), stack->scales[0], causal));
+  for (size_t layer = 1; layer < layers; layer++) {
+    const Tensor& kv = kv_caches[layer];
+    check_kv_cache(kv, batch, stack->num_kv_heads, stack->head_dim);
+    check_dtype(kv, "kv_cache", stack->dtype, "the stack");
+    check_own_memory(kv, "kv_cache");
+    ALULA_CHECK(kv.size(2) == kv_caches[0].size(2), "kv_caches hold ", kv_caches[0].size(2), " and ", kv.size(2),
+                " slots; expected the same for all blocks");
+    if (!head_masks.empty()) {
+      attentions.push_back(
+          check_attention(q, kv, positions, lengths, mask, head_mask_of(layer), stack->scales[layer], causal));
+    }
+  }
+
+  std::vector<Block> blocks(layers);
+  for (size_t layer = 0; layer < layers; layer++) {
+    Block& block = blocks[layer];
+    const Tensor& kv = kv_caches[layer];
+    const auto* gemms = stack->gemms.data() + layer * per_block;
+    const auto product = [&](size_t index, const void* from) {
+      PanelGemmArgs gemm = gemms[index].args;
+      gemm.x = from;
+      gemm.m = batch * tokens;
+      return gemm;
+    };
+    const void* from = layer == 0 ? input.const_data_ptr() : hidden.const_data_ptr();
+    block.qkv = first_qkv.args;
+    block.qkv.gemm = product(0, from);
+    block.qkv.q = q.mutable_data_ptr();
+    block.qkv.kv_cache = kv.mutable_data_ptr();
+    block.attention = attentions[head_masks.empty() ? 0 : layer].args;
+    block.attention.scale = stack->scales[layer];
+    block.attention.kv_cache = kv.const_data_ptr();
+    for (int i = 0; i < 3; i++) block.qkv.kv_strides[i] = block.attention.kv_strides[i] = kv.stride(i);
+    block.attention.out = attended.mutable_data_ptr();
+    block.attention.out_stride = attended.stride(1);
+    void* to = hidden.mutable_data_ptr();
+    block.linear[0] = {product(1, attended.const_data_ptr()), 0, from, to};
+    if (stack->is_parallel) continue;
+    block.linear[1] = {product(2, to), stack->activation, nullptr, mlp.mutable_data_ptr()};
+    block.linear[2] = {product(3, mlp.const_data_ptr()), 0, to, to};
+  }
+  if (batch * tokens == 0) return hidden;
+
+  const LinearKernels& kernels = ALULA_KERNELS(kLinear);
+  const bool in_team = batch * tokens <= kernels.gemm.rows_per_block && num_threads() > 1;
+  ALULA_TRACE("decoder_blocks", blocks[0].attention.dtype, layers, " blocks, ", size_class(batch * tokens),
+              " rows: ", in_team ? "one team for all" : "a parallel_for for each product");
+  AttentionPlan& plan = plan_attention(blocks[0].attention);
+  if (!in_team) {
+    run_blocks(blocks, per_block - 1, plan);
+    return hidden;
+  }
+  size_t bytes = 0;
+  for (const Block& block : blocks) {
+    bytes = std::max(bytes, packed_bytes(block.qkv.gemm, kernels.gemm));
+    for (size_t i = 0; i + 1 < per_block; i++)
+      bytes = std::max(bytes, packed_bytes(block.linear[i].gemm, kernels.gemm));
+  }
+  run_team(
+      [&] {
+        thread_scratch<PackedX>().reserve(bytes);
+        reserve_attention(plan);
+      },
+      [&](TeamMember&) { run_blocks(blocks, per_block - 1, plan); });
+  return hidden;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
+  m.impl("bind_decoder_blocks", TORCH_BOX(&bind_decoder_blocks));
+  m.impl("decoder_blocks", TORCH_BOX(&decoder_blocks));
+}
+
+}  // namespace alula
