@@ -166,6 +166,28 @@ def test_a_row_is_the_row_alone() -> None:
         assert torch.equal(again[mask.bool()], together[mask.bool()])
 
 
+@pytest.mark.parametrize("is_training", [False, True])
+def test_left_padding_with_positions_is_the_row_alone(is_training: bool) -> None:
+    """Positions that count from a row's first token say that its blocks begin there, too."""
+    model = alula_model(hf_model(2, num_hidden_layers=2)).train(is_training)
+    tokens = switch(model.config) + 70
+    ids, mask = random_ids(model, 4, tokens), torch.ones(4, tokens, dtype=torch.int64)
+    for row, count in enumerate((0, 33, 100, tokens - 1)):  # the last two are short enough for full attention
+        mask[row, :count] = 0
+    positions = mask.cumsum(1) - 1
+    options = {"output_attentions": True, "output_hidden_states": True}
+    for width in (tokens, 60):  # the second is full attention for all rows
+        cut = [t[:, -width:] for t in (ids, mask, positions)]
+        cut[2] = (cut[1].cumsum(1) - 1).clamp(min=0)
+        ours = model(cut[0], attention_mask=cut[1], position_ids=cut[2], **options)
+        for row, real in enumerate(cut[1].bool()):
+            alone = model(cut[0][row : row + 1, real], **options)
+            assert worst(ours.last_hidden_state[row, real], alone.last_hidden_state[0]) <= 2e-5
+            assert worst(ours.pooler_output[row], alone.pooler_output[0]) <= 2e-5
+            assert worst(ours.hidden_states[1][row, real], alone.hidden_states[1][0]) <= 2e-5
+            assert worst(ours.attentions[1][row][:, real][..., real], alone.attentions[1][0]) <= 2e-5
+
+
 def test_parts_of_an_mlp_change_no_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     model = alula.BigBirdModel(small(num_hidden_layers=2), dtype=dtype)
     ids = random_ids(model, 2, 97)

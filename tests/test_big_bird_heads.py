@@ -123,6 +123,16 @@ def test_question_answering() -> None:
     assert pooled(ids).pooler_output.shape == (3, pooled.config.hidden_size)
 
 
+def test_left_padding_with_positions_is_the_row_alone() -> None:
+    for cls in ("BigBirdForSequenceClassification", "BigBirdForPreTraining"):
+        model = alula_model(hf_model(3, cls))
+        ids = random_ids(model, 2, 25)
+        mask = torch.ones(2, 25, dtype=torch.int64)
+        mask[1, :9] = 0
+        ours = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), return_dict=False)[-1]
+        assert worst(ours[1], model(ids[1:, 9:], return_dict=False)[-1][0]) <= 1e-5
+
+
 def test_bad_labels_and_choices() -> None:
     config = alula.BigBirdConfig(**random_values(0))
     ids = torch.ones(2, 5, dtype=torch.int64)

@@ -7,9 +7,8 @@ Alphabet: B batch, T new tokens, S columns (past and new), H heads, D head size,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from torch import Tensor
 from alula.block_plan import BlockPlan
 from alula.cache import KVCache
 from alula.config import BigBirdConfig
-from alula.models.base import PreTrainedModel
 from alula.models.big_bird_attention import FullAttention, SparseAttention, default_plans
+from alula.models.big_bird_base import BigBirdPreTrainedModel, BigBirdRun
 from alula.models.big_bird_blocks import (
     Attend,
     BigBirdEmbeddings,
@@ -30,72 +29,11 @@ from alula.models.blocks import BlockShape, embedding_op, linear_op
 from alula.models.cross_attention import CrossAttention, make_cross_key_values
 from alula.models.decoder import see_from_padding
 from alula.models.inputs import InputChecks, out_of_range
-from alula.models.layers import VERSION, Embedding, LayerNorm, Linear
+from alula.models.layers import VERSION, Linear
 from alula.ops import ACTIVATIONS
 from alula.outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from alula.weights import RenamedSource, TensorSource
 
-__all__ = ["BigBirdModel", "BigBirdPreTrainedModel", "BigBirdRun", "BigBirdWithHead"]
-
-
-class BigBirdRun(NamedTuple):
-    """One pass: the last block's output [B, T, E]; the pooled first token [B, E]; the cache; what was asked for."""
-
-    hidden: Tensor
-    pooled: Tensor | None
-    cache: KVCache | None
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
-    cross_attentions: tuple[Tensor, ...] | None
-
-
-class BigBirdPreTrainedModel(PreTrainedModel):
-    """What all classes share."""
-
-    config: BigBirdConfig
-    config_class = BigBirdConfig
-    base_model_prefix = "bert"
-    ignored_tensors: ClassVar[re.Pattern[str]] = re.compile(r"embeddings\.(position_ids|token_type_ids)")
-
-    def optional_prefixes(self) -> tuple[str, ...]:
-        """Those of the class, the pooler, and cross-attention: a decoder gets it on top of an encoder's checkpoint."""
-        cross = {name[: name.index(".crossattention.")] for name in self.weight_slots() if ".crossattention." in name}
-        pooler = ("pooler.", f"{self.base_model_prefix}.pooler.")
-        return (*self.optional_weights, *pooler, *sorted(f"{name}.crossattention." for name in cross))
-
-    def checkpoint_view(self, source: TensorSource) -> TensorSource:
-        """The source with ``LayerNorm.gamma`` and ``LayerNorm.beta`` under their present names."""
-        old = re.compile(r"(.*\bLayerNorm\.)(gamma|beta)")
-        present = {"gamma": "weight", "beta": "bias"}
-        found = {name: old.fullmatch(name) for name in source.names()}
-        renamed = {m[1] + present[m[2]]: name for name, m in found.items() if m}
-        return RenamedSource(source, renamed) if renamed else source
-
-    @torch.no_grad()
-    def init_weights(self, names: list[str] | None = None) -> None:
-        """Normal values of ``initializer_range`` for matrices and tables (zeros in the row of ``pad_token_id``), ones
-        and zeros for layer norms, zeros for biases."""
-        slots = self.weight_slots()
-        for name in slots if names is None else names:
-            slot = slots[name]
-            value = torch.zeros(slot.shape, dtype=slot.dtype)
-            if isinstance(slot.module, LayerNorm):
-                value += slot.name == "weight"
-            elif slot.name == "weight":
-                value.normal_(std=self.config.initializer_range)
-                pad = self.config.pad_token_id
-                if isinstance(slot.module, Embedding) and pad is not None and -len(value) <= pad < len(value):
-                    value[pad] = 0
-            slot.write(value)
-
-    def get_input_embeddings(self) -> Embedding:
-        return self.base_model.embeddings.word_embeddings
-
-    def _place_input_embeddings(self, embedding: Embedding) -> None:
-        self.base_model.embeddings.word_embeddings = embedding
-
-    def _wants(self, name: str, value: bool | None) -> bool:
-        return bool(getattr(self.config, name) if value is None else value)
+__all__ = ["BigBirdModel", "BigBirdWithHead"]
 
 
 class _Bound:
@@ -105,6 +43,18 @@ class _Bound:
 
     def __init__(self) -> None:
         self.stamp = -1
+
+
+def first_columns(real: Tensor, position_ids: Tensor) -> Tensor | None:
+    """int64 [B], the column of each row's first token, where padding is on the left alone (``real``, bool [B, T]) and
+    positions (int64 [B or 1, T]) count from there; None where not, and where no row is padded."""
+    if bool(real[:, 0].all()):
+        return None
+    first = (~real).sum(1)
+    places = torch.arange(real.shape[1]) - first.unsqueeze(1)
+    if not torch.equal(places >= 0, real) or bool(((position_ids != places) & real).any()):
+        return None
+    return first.clamp(max=real.shape[1] - 1)
 
 
 class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
@@ -207,6 +157,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
         past = 0 if past_key_values is None else self._check_cache(past_key_values, batch)
         is_sparse = self._chooses_blocks(tokens, past_key_values, use_cache, block_plan is not None)
         plans = self._plans(tokens, block_plan) if is_sparse else None
+        has_positions = position_ids is not None
         position_ids = self._checked_positions(position_ids, batch, tokens, past)
         if token_type_ids is None:
             token_type_ids = torch.zeros(batch, tokens, dtype=torch.int64)
@@ -224,6 +175,9 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
                     f"[{batch}, {tokens}] (1 = token, 0 = padding). attention_type='original_full' takes masks of "
                     "pairs, too"
                 )
+        first = None
+        if padding is not None and has_positions and not past and list(padding.shape) == [batch, tokens]:
+            first = first_columns(padding.bool(), position_ids)
         head_masks = None if head_mask is None else self._head_masks(head_mask)
 
         keep = config.is_decoder and not is_sparse and self._wants("use_cache", use_cache)
@@ -245,7 +199,9 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
         cross_attentions: list[Tensor] | None = [] if attentions is not None and has_encoder else None
         kept_cross = cache.cross
         try:
-            attend, positions = self._attend(cache, tokens, padding, mask, head_masks, plans)
+            attend, positions = self._attend(
+                cache, tokens, padding, mask, head_masks, plans, first if block_plan is None else None
+            )
             cross = None
             if has_encoder:
                 if cache.cross is None:
@@ -260,12 +216,17 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
             cache.crop(past)
             cache.cross = kept_cross
             raise
-        pooled = None
-        if bound.pooler is not None:
-            weight, bias = bound.pooler
-            pooled = linear_op(x[:, 0], weight, shape.width, bias, None, None, 0.0, ACTIVATIONS["tanh"], None)
         collected = (None if c is None else tuple(c) for c in (hidden_states, attentions, cross_attentions))
-        return BigBirdRun(x, pooled, cache if keep or past_key_values is not None else None, *collected)
+        return BigBirdRun(x, first, cache if keep or past_key_values is not None else None, *collected)
+
+    def pool(self, run: BigBirdRun) -> Tensor | None:
+        """``tanh(pooler(x))`` of the first tokens, [B, E]; None without a pooler."""
+        if self.pooler is None:
+            return None
+        weight, bias = self._bound.pooler
+        return linear_op(
+            run.first_tokens(), weight, self._shape.width, bias, None, None, 0.0, ACTIVATIONS["tanh"], None
+        )
 
     def _chooses_blocks(self, tokens: int, cache: KVCache | None, use_cache: bool | None, has_plan: bool) -> bool:
         """Whether this pass is block-sparse."""
@@ -337,6 +298,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
         mask: Tensor | None,
         head_masks: Any,
         plans: Sequence[BlockPlan] | None,
+        first: Tensor | None,
     ) -> tuple[Attend, Tensor]:
         """The attention of this pass, and the slots (int32 [B, T]) at which it looks for keys and values."""
         is_decoder = self.config.is_decoder
@@ -350,6 +312,10 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
                     )
                 real = padding.bool()
                 real = None if bool(real.all()) else real
+            if first is not None:
+                by_row = [default_plans(self.config, n, is_training=self.training) for n in (tokens - first).tolist()]
+                plans = [list(plans_of_layer) for plans_of_layer in zip(*by_row, strict=True)]
+                return SparseAttention(self._shape, plans, None, head_masks, first.int()), positions
             return SparseAttention(self._shape, plans, real, head_masks), positions
         before = cache.lengths
         positions, lengths = cache.prepare(tokens, padding)
@@ -410,7 +376,9 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
                 holes); with full attention also [B, T, S] or [B or 1, H or 1, T, S], bool (True = visible) or
                 floating point (added).
             token_type_ids: int64 [B, T], default zeros. position_ids: int64 [B, T] or [1, T]; default: the column,
-                with no correction for padding.
+                with no correction for padding, as in transformers. Where the mask pads on the left and they count from
+                each row's first token (``mask.cumsum(1) - 1``), blocks begin there, too, and what is pooled is that
+                token: a row gives what it gives alone.
             encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache: for a decoder, as
                 :class:`alula.models.GPT2Model` takes them; they go with full attention.
             head_mask: [H] or [L, H]; multiplies the attention probabilities.
@@ -442,7 +410,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
             block_plan,
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
-            run.hidden, run.pooled, run.hidden_states, run.cache, run.attentions, run.cross_attentions
+            run.hidden, self.pool(run), run.hidden_states, run.cache, run.attentions, run.cross_attentions
         )
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
 

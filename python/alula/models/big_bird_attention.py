@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alula import ops
-from alula.block_plan import BlockPlan
+from alula.block_plan import BlockPlan, batch_plans
 from alula.config import BigBirdConfig
 from alula.models.blocks import BlockShape, attention_op, attention_probabilities
 
@@ -81,16 +81,24 @@ class SparseAttention:
         plans: a plan for every block of the model.
         real: bool [B, T], which columns are tokens; None: all of them. Padding is not seen, and sees nothing.
         head_masks: per block float32 [H].
+        first: int32 [B], the columns in which the rows begin; the plans are then lists of B, one for each row.
     """
 
     def __init__(
-        self, shape: BlockShape, plans: Sequence[BlockPlan], real: Tensor | None, head_masks: Sequence[Tensor] | None
+        self,
+        shape: BlockShape,
+        plans: Sequence[BlockPlan] | Sequence[Sequence[BlockPlan]],
+        real: Tensor | None,
+        head_masks: Sequence[Tensor] | None,
+        first: Tensor | None = None,
     ) -> None:
-        self._shape, self._plans, self._real, self._head_masks = shape, plans, real, head_masks
+        self._shape, self._plans, self._real, self._head_masks, self._first = shape, plans, real, head_masks, first
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """q [B, T, H, D], kv [B, H, T, 2*D] -> [B, T, H*D]; zeros where the query is padding."""
         plan, head_dim = self._plans[layer], self._shape.head_dim
+        if self._first is not None:
+            plan = batch_plans(plan, q, self._first)
         head_mask = None if self._head_masks is None else self._head_masks[layer]
         return block_sparse_op(
             q,
@@ -98,7 +106,7 @@ class SparseAttention:
             kv[..., head_dim:],
             *plan.tensors,
             plan.block_size,
-            None,
+            self._first,
             None,
             self._real,
             head_mask,
@@ -109,7 +117,12 @@ class SparseAttention:
     def probabilities(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """[B, H, T, T], those of one copy where a block counts more than once; zeros for padding."""
         probabilities = ops.block_sparse_probabilities(
-            q, kv[..., : self._shape.head_dim], self._plans[layer], mask=self._real, scale=self._shape.scales[layer]
+            q,
+            kv[..., : self._shape.head_dim],
+            self._plans[layer],
+            first=self._first,
+            mask=self._real,
+            scale=self._shape.scales[layer],
         )
         if self._head_masks is not None:
             probabilities *= self._head_masks[layer].view(-1, 1, 1)
@@ -117,13 +130,17 @@ class SparseAttention:
 
 
 def default_plans(config: BigBirdConfig, tokens: int, *, is_training: bool) -> list[BlockPlan]:
-    """A plan for every block of a model: transformers' in evaluation and in training.
+    """A plan for every block of a model: transformers' in evaluation and in training; all pairs for so few tokens that
+    it attends to all.
 
     A decoder's is causal, which transformers' is not: each query sees the first block, the one before its own and its
     own, up to itself; the first block counts as often as in an encoder. Nothing in it depends on where the text ends.
     ValueError for block sizes that the kernels do not have.
     """
     size, num_random, layers = config.block_size, config.num_random_blocks, config.num_hidden_layers
+    if tokens <= config.max_full_tokens:
+        blocks = -(-tokens // size)
+        return [BlockPlan.pattern(tokens, size, global_blocks=range(blocks), is_causal=config.is_decoder)] * layers
     if config.is_decoder:
         return [_causal_plan(-(-tokens // size), size, num_random)] * layers
     if not is_training:

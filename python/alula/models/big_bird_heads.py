@@ -43,9 +43,8 @@ class BigBirdClassificationHead(Module):
         self.out_proj = Linear(config.hidden_size, config.num_labels, dtype)
         self._activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weight, bias = stored(self.dense)
-        x = hidden[:, 0]
         return self.out_proj(linear_op(x, weight, x.shape[-1], bias, None, None, 0.0, self._activation, None))
 
 
@@ -87,7 +86,7 @@ class BigBirdForSequenceClassification(BigBirdWithHead):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.classifier(run.hidden)
+        logits = self.classifier(run.first_tokens())
         loss = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
         output = SequenceClassifierOutput(loss, logits, run.hidden_states, run.attentions)
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
@@ -135,7 +134,7 @@ class BigBirdForMultipleChoice(BigBirdWithHead):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.classifier(run.pooled).view(given.shape[:2])
+        logits = self.classifier(self.bert.pool(run)).view(given.shape[:2])
         loss = None if labels is None else choice_loss(logits, labels)
         output = MultipleChoiceModelOutput(loss, logits, run.hidden_states, run.attentions)
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
@@ -278,7 +277,7 @@ class BigBirdForQuestionAnswering(BigBirdWithHead):
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start, end, start_positions, end_positions)
         output = BigBirdForQuestionAnsweringModelOutput(
-            loss, start.contiguous(), end.contiguous(), run.pooled, run.hidden_states, run.attentions
+            loss, start.contiguous(), end.contiguous(), self.bert.pool(run), run.hidden_states, run.attentions
         )
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
 

@@ -231,7 +231,7 @@ class BigBirdForPreTraining(BigBirdLanguageModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        logits, pairs = self.cls.predictions(run.hidden), self.cls.seq_relationship(run.pooled)
+        logits, pairs = self.cls.predictions(run.hidden), self.cls.seq_relationship(self.bert.pool(run))
         loss = None if labels is None else token_classification_loss(logits, labels)
         if next_sentence_label is not None and loss is not None:
             loss = loss + choice_loss(pairs, next_sentence_label)
