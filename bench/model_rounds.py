@@ -59,7 +59,8 @@ def plan_groups(names: Sequence[str], config: presets.Config, dtype: str, memory
 
     def need(name: str) -> int:
         element = 4 if name == "ctranslate2" else ELEMENT_BYTES[dtype]
-        return int(1.2 * element * parameters) + ENGINE_OVERHEAD
+        copies = 2 if name == "hf-alula" else 1  # the packed weights beside the plain ones
+        return int(1.2 * copies * element * parameters) + ENGINE_OVERHEAD
 
     base = [name for name in names if name == "alula"]
     room = 0.9 * memory - 4.4 * parameters - ENGINE_OVERHEAD - sum(map(need, base))

@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 import torch
-from alula.bench import limits, machine, model_folder, presets, report
+from alula.bench import limits, machine, model_folder, presets, report, through
 from alula.bench.encoder_rounds import EncoderGroup
 from alula.bench.engine import Engine
 from alula.bench.model_rounds import Group, Workload, plan_groups
@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         metavar="NAMES",
         help=f"comma-separated: {peers}; all; none (default hf-sdpa; of an encoder hf-eager)",
+    )
+    parser.add_argument(
+        "--through",
+        choices=("transformers",),
+        help="also time a model of transformers that alula accelerates, against the same model plain",
     )
     parser.add_argument("--openvino-python", metavar="PATH", help="interpreter of OpenVINO's own environment")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each engine (default %(default)s)")
@@ -97,6 +102,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
                     recorder.add(record)
                 if records:
                     print(f"\n{report.table(HEADER, [row(record) for record in records])}", flush=True)
+                for line in through.summary(records):
+                    print(line, flush=True)
             if "alula" in members and "alula" not in group.right:
                 status = 1
                 break
@@ -114,6 +121,9 @@ def engine_names(args: argparse.Namespace) -> list[str]:
     known = [name for name in (ENCODER_PEERS if is_encoder else PEERS) if name != "alula"]
     peers = args.peers or ("hf-eager" if is_encoder else "hf-sdpa")
     asked = {"all": known, "none": []}.get(peers, peers.split(","))
+    if args.through:
+        ours = through.engine_names(presets.config_of(args.preset), is_encoder)
+        asked = [*ours[: 1 if args.peers else 2], *(asked if args.peers else [])]
     for name in asked:
         if name not in known:
             raise ValueError(f"--peers: {name!r} is none of {', '.join(known)}")

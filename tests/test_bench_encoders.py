@@ -107,7 +107,7 @@ def test_an_engine_that_fails_is_dropped(bench: Any, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--peers", "llama.cpp"], "'llama.cpp' is none of hf-eager, openvino"),
+        (["--peers", "llama.cpp"], "'llama.cpp' is none of hf-eager, hf-alula, openvino"),
         (["--prompt-tokens", "513"], "--prompt-tokens 513 exceeds the 512 positions of bigbird-toy"),
         (["--context", "9"], "--context is for decoders, and bigbird-toy is an encoder"),
         (["--left-pad"], "--left-pad is for decoders"),

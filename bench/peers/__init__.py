@@ -15,6 +15,7 @@ PEERS: dict[str, tuple[str, str]] = {
     "alula": ("alula_engine", "Alula"),
     "hf-eager": ("hf", "HFEager"),
     "hf-sdpa": ("hf", "HFSdpa"),
+    "hf-alula": ("hf_alula", "HFAlula"),
     "hf-compiled": ("hf_compiled", "HFCompiled"),
     "llama.cpp": ("llama_cpp", "LlamaCpp"),
     "llama.cpp-fa": ("llama_cpp", "LlamaCppFlashAttention"),
@@ -26,6 +27,7 @@ PEERS: dict[str, tuple[str, str]] = {
 ENCODER_PEERS: dict[str, tuple[str, str]] = {
     "alula": ("encoders", "AlulaEncoder"),
     "hf-eager": ("encoders", "HFEncoder"),
+    "hf-alula": ("hf_alula", "HFAlulaEncoder"),
     "openvino": ("openvino_encoder", "OpenVINOEncoder"),
 }
 
