@@ -13,7 +13,9 @@ from __future__ import annotations
 
 try:
     import transformers as _transformers  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
     raise ImportError(
         "alula.integrations.transformers needs the transformers library: pip install 'alula[transformers]'"
     ) from error

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from alula.integrations.transformers import versions
 from alula.integrations.transformers.cache import adopt, decoder_cache
 from alula.integrations.transformers.decoder import Pass, advance, past_of, prepare
-from alula.integrations.transformers.state import StackState, head_masks, selected, wanted
+from alula.integrations.transformers.state import StackState, head_masks, selected, tells_of_cross_attention, wanted
 from alula.models.big_bird_attention import FullAttention, SparseAttention, default_plans
 from alula.models.big_bird_blocks import run_post_norm_blocks
 
@@ -148,8 +148,7 @@ class BigBirdState(StackState):
         hidden_states: tuple | None,
         attentions: tuple | None,
     ) -> Any:
-        has_cross = _IS_5 or module.config.add_cross_attention
-        cross = () if attentions is not None and has_cross else None
+        cross = () if attentions is not None and tells_of_cross_attention(module) else None
         return_dict = given.get("return_dict")
         if return_dict is None:
             return_dict = getattr(module.config, "return_dict", True)

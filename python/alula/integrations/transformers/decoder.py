@@ -21,7 +21,7 @@ from alula.integrations.transformers import versions
 from alula.integrations.transformers.cache import FixedLayer, GrowingLayer, adopt, decoder_cache
 from alula.integrations.transformers.families import Family
 from alula.integrations.transformers.packing import PackedStack
-from alula.integrations.transformers.state import StackState, head_masks, selected, wanted
+from alula.integrations.transformers.state import StackState, head_masks, selected, tells_of_cross_attention, wanted
 from alula.models import blocks as block_loops
 
 __all__ = ["DecoderState", "Pass", "advance", "past_of", "prepare"]
@@ -311,10 +311,8 @@ def _output(
     if family.name == "CodeGen":
         output = BaseModelOutputWithPast(**kept)
     else:
-        has_cross = _IS_5 or getattr(self.config, "add_cross_attention", False)
-        output = BaseModelOutputWithPastAndCrossAttentions(
-            **kept, cross_attentions=() if with_attentions and has_cross else None
-        )
+        cross = () if with_attentions and tells_of_cross_attention(self) else None
+        output = BaseModelOutputWithPastAndCrossAttentions(**kept, cross_attentions=cross)
     return_dict = given.get("return_dict")
     if return_dict is None:
         return_dict = getattr(self.config, "return_dict", True)

@@ -20,7 +20,7 @@ from alula.integrations.transformers.cache import FixedLayer, GrowingLayer, adop
 from alula.integrations.transformers.families import Family
 from alula.integrations.transformers.packing import PackedStack
 
-__all__ = ["StackState", "bound_forward", "head_masks", "selected", "wanted"]
+__all__ = ["StackState", "bound_forward", "head_masks", "selected", "tells_of_cross_attention", "wanted"]
 
 _WITHOUT_EFFECT = {
     "encoder_attention_mask",  # means something beside encoder_hidden_states only
@@ -171,6 +171,12 @@ def wanted(module: nn.Module, given: dict[str, Any], name: str) -> Any:
     """An argument, or what the configuration says where it is not given."""
     value = given.get(name)
     return getattr(module.config, name, None) if value is None else value
+
+
+def tells_of_cross_attention(module: nn.Module) -> bool:
+    """Whether outputs that were asked for attentions have an entry for cross-attention, empty where there is none."""
+    recorded = getattr(type(module), "_can_record_outputs", None)
+    return "cross_attentions" in (recorded or {}) or bool(getattr(module.config, "add_cross_attention", False))
 
 
 def head_masks(head_mask: Tensor | None, layers: int) -> list[Tensor] | None:
