@@ -70,6 +70,15 @@ def test_like_transformers(seed: int) -> None:
             assert worst(ours.pooler_output, theirs.pooler_output) <= TOLERANCE
 
 
+def test_every_instruction_set(isa: str) -> None:
+    reference = hf_model(3)
+    model = alula_model(reference)
+    for tokens in (33, switch(model.config) + 30):
+        ids, mask = random_ids(model, 2, tokens), padding_mask("right", 2, tokens)
+        theirs = fresh(reference)(ids, attention_mask=mask).last_hidden_state
+        assert worst(model(ids, attention_mask=mask).last_hidden_state, theirs) <= TOLERANCE
+
+
 @pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
 @pytest.mark.parametrize("kind", ["none", "right", "left"])
 def test_all_outputs(kind: str, attention_type: str) -> None:

@@ -126,3 +126,9 @@ def test_other_models_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "is a gpt_bigcode model, which fills no masks; accepted: big_bird" in capsys.readouterr().err
     assert main(["fill-mask", "[MASK]"]) == 2
     assert "--model" in capsys.readouterr().err
+
+
+def test_an_encoder_generates_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "Plants", "--model", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert "past_key_values is given to an encoder; it needs a configuration with is_decoder=True" in err
