@@ -13,10 +13,11 @@
 // Every operation and its order are those of the tile code, so a row has the same bits from either, and which of the
 // two is used is a question of speed alone: a step of decoding gives the bits of the prefill of the same token.
 //
-// Figures (AMD EPYC, Zen 4, one core of two, other work beside it): one decoding step of 16 heads, D 64, 1000 tokens:
-// fp32 160 us from the caches (51 GB/s), 810 us from memory (10 GB/s; a plain sum reads 16); bf16 109 and 480 us.
-// Slower: asking for the keys 32 slots ahead (fp32 182 and 910 us). Faster from the caches (140 us), no different from
-// memory, and with bits of its own: one register of sums per key, transposed at the end.
+// Every load asks for what lies one key tile further, so that a tile is computed from the second-level cache while the
+// next one comes from memory. Figures (AMD EPYC, Zen 4, two cores, GPT-2 124M): a step at 1000 tokens took 1.19-1.22
+// times that at 128 in fp32 and 1.26-1.29 in bf16, now 1.14-1.15 and 1.10-1.17 (the bytes alone: 1.14). Slower than
+// none: asking 32 slots ahead, keys only. No different from memory, and with bits of its own: one register of sums per
+// key, transposed at the end.
 #pragma once
 
 #include "cpu/attention_tile.h"
@@ -25,11 +26,18 @@ namespace alula::ALULA_ISA {
 
 constexpr int kFewRows = 3;  // above, the tile code is faster
 
+// A line that this thread reads some microseconds later: into the second-level cache, a key tile is too large for the
+// first.
+template <typename W>
+ALULA_INLINE void fetch_ahead(const W* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // scores = q K^T * scale + bias for kGroups groups of Vec::kWidth keys from `slot` on; of the last group `keys` are
 // there, the others repeat the last. Two groups at once are two chains, which hide each other's latency.
 template <typename W, int kGroups>
-ALULA_INLINE void dot_keys(const float* q, const KeyValues<W>& source, int64_t slot, int keys, Vec scale, Vec bias,
-                           float* scores) {
+ALULA_INLINE void dot_keys(const float* q, const KeyValues<W>& source, int64_t slot, int keys, ptrdiff_t ahead,
+                           Vec scale, Vec bias, float* scores) {
   const int64_t units = source.head_dim / Units<W>::kStep;
   Vec sums[kGroups];
   for (int g = 0; g < kGroups; g++) sums[g] = zero();
@@ -42,7 +50,10 @@ ALULA_INLINE void dot_keys(const float* q, const KeyValues<W>& source, int64_t s
       Vec rows[Vec::kWidth];
       if (present == Vec::kWidth && lanes == Vec::kWidth) {
 #pragma GCC unroll 16
-        for (int i = 0; i < Vec::kWidth; i++) rows[i] = load_units(key + i * source.stride);
+        for (int i = 0; i < Vec::kWidth; i++) {
+          rows[i] = load_units(key + i * source.stride);
+          fetch_ahead(key + i * source.stride + ahead);
+        }
         transpose(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < Vec::kWidth; i++) sums[g] = multiply_units<W>(broadcast(q[unit + i]), rows[i], sums[g]);
@@ -64,8 +75,8 @@ ALULA_INLINE void dot_keys(const float* q, const KeyValues<W>& source, int64_t s
 
 // sums [kVecs registers] = alpha sums + beta sum_j p[j] values[j]. p: units, as softmax_row leaves them.
 template <typename W, int kVecs, bool kWhole>
-ALULA_INLINE void add_values(const float* p, int keys, const W* values, ptrdiff_t stride, int lanes, float alpha,
-                             float beta, float* sums) {
+ALULA_INLINE void add_values(const float* p, int keys, const W* values, ptrdiff_t stride, ptrdiff_t ahead, int lanes,
+                             float alpha, float beta, float* sums) {
   constexpr int kStep = Units<W>::kStep;
   Vec acc[kVecs];
 #pragma GCC unroll 8
@@ -77,6 +88,7 @@ ALULA_INLINE void add_values(const float* p, int keys, const W* values, ptrdiff_
     for (int v = 0; v < kVecs; v++) {
       const W* value = values + j * stride + v * Vec::kWidth;
       acc[v] = multiply_units<W>(x, load_value_units<kWhole>(value, stride, true, lanes), acc[v]);
+      for (int k = 0; k < kStep; k++) fetch_ahead(value + k * stride + ahead);
     }
   }
   if (j < keys) {
@@ -96,17 +108,18 @@ ALULA_INLINE void add_values(const float* p, int keys, const W* values, ptrdiff_
 
 // The columns from `column` on that fill groups of kVecs registers; hands back where the rest begins.
 template <typename W, int kVecs>
-ALULA_INLINE int64_t add_column_groups(const float* p, int keys, const W* values, ptrdiff_t stride, int64_t head_dim,
-                                       int64_t column, float alpha, float beta, float* sums) {
+ALULA_INLINE int64_t add_column_groups(const float* p, int keys, const W* values, ptrdiff_t stride, ptrdiff_t ahead,
+                                       int64_t head_dim, int64_t column, float alpha, float beta, float* sums) {
   for (; column + kVecs * Vec::kWidth <= head_dim; column += kVecs * Vec::kWidth) {
-    add_values<W, kVecs, true>(p, keys, values + column, stride, Vec::kWidth, alpha, beta, sums + column);
+    add_values<W, kVecs, true>(p, keys, values + column, stride, ahead, Vec::kWidth, alpha, beta, sums + column);
   }
   return column;
 }
 
-// Few rows meet a key tile: attend of attention_tile.h for query.rows <= kFewRows.
+// Few rows meet a key tile: attend of attention_tile.h for query.rows <= kFewRows. Every load asks for what lies
+// `ahead` elements further: the same place of the key tile that comes next, or the line itself (0).
 template <typename W>
-void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTile& tile) {
+void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTile& tile, ptrdiff_t ahead) {
   constexpr int kGroup = Vec::kWidth;
   const int64_t d = query.head_dim;
   const Vec scale = broadcast(query.scale), bias = broadcast(tile.bias);
@@ -121,9 +134,9 @@ void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTil
       const int64_t slot = tile.first + key;
       const int keys = visible - key < 2 * kGroup ? visible - key : 2 * kGroup;
       if (keys > kGroup) {
-        dot_keys<W, 2>(q, source, slot, keys - kGroup, scale, bias, scores + key);
+        dot_keys<W, 2>(q, source, slot, keys - kGroup, ahead, scale, bias, scores + key);
       } else {
-        dot_keys<W, 1>(q, source, slot, keys, scale, bias, scores + key);
+        dot_keys<W, 1>(q, source, slot, keys, ahead, scale, bias, scores + key);
       }
     }
     if (query.mask.add) query.mask.add(query.mask.context, row, tile.first, visible, scores);
@@ -133,12 +146,12 @@ void attend_few(const QueryTile& query, const KeyValues<W>& source, const KeyTil
     const W* values = source.values + tile.first * source.value_stride;
     const ptrdiff_t stride = source.value_stride;
     float* sums = query.sums + row * sum_stride(d);
-    int64_t column = add_column_groups<W, 8>(scores, visible, values, stride, d, 0, *alpha, *beta, sums);
-    column = add_column_groups<W, 4>(scores, visible, values, stride, d, column, *alpha, *beta, sums);
-    column = add_column_groups<W, 1>(scores, visible, values, stride, d, column, *alpha, *beta, sums);
+    int64_t column = add_column_groups<W, 8>(scores, visible, values, stride, ahead, d, 0, *alpha, *beta, sums);
+    column = add_column_groups<W, 4>(scores, visible, values, stride, ahead, d, column, *alpha, *beta, sums);
+    column = add_column_groups<W, 1>(scores, visible, values, stride, ahead, d, column, *alpha, *beta, sums);
     if (column < d) {
       const int lanes = static_cast<int>(d - column);
-      add_values<W, 1, false>(scores, visible, values + column, stride, lanes, *alpha, *beta, sums + column);
+      add_values<W, 1, false>(scores, visible, values + column, stride, ahead, lanes, *alpha, *beta, sums + column);
     }
   }
 }

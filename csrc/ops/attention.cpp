@@ -155,21 +155,21 @@ void run_key_tiles(const AttentionArgs& args, AttentionPlan& plan, const Attenti
 // alike) the shares are fixed. Who does which tile does not show in the results.
 void run_row_tiles(const AttentionArgs& args, AttentionPlan& plan, const AttentionKernels& kernels) {
   const auto count = static_cast<int64_t>(plan.tiles.size());
-  const auto attend = [&](int64_t item) {
-    kernels.attend_all(args, plan.tiles[static_cast<size_t>(count - 1 - item)], working_memory(plan));
+  const auto tile_at = [&](int64_t item) { return &plan.tiles[static_cast<size_t>(count - 1 - item)]; };
+  const auto attend = [&](int64_t begin, int64_t end) {
+    void* scratch = working_memory(plan);
+    for (int64_t item = begin; item < end; item++) {
+      kernels.attend_all(args, *tile_at(item), item + 1 < end ? tile_at(item + 1) : nullptr, scratch);
+    }
   };
   if (plan.way == AttentionPlan::Way::kOneThread) {
-    parallel_parts(1, [&](int64_t) {
-      for (int64_t item = 0; item < count; item++) attend(item);
-    });
+    parallel_parts(1, [&](int64_t) { attend(0, count); });
   } else if (current_member()) {
-    parallel_ranges(count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; item++) attend(item);
-    });
+    parallel_ranges(count, 1, attend);
   } else {
     std::atomic<int64_t> next{0};
     parallel_parts(std::min(count, num_threads()), [&](int64_t) {
-      for (int64_t item = next++; item < count; item = next++) attend(item);
+      for (int64_t item = next++; item < count; item = next++) attend(item, item + 1);
     });
   }
 }

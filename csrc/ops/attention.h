@@ -49,8 +49,8 @@ struct AttentionKernels {
   int64_t (*scratch_bytes)(const AttentionArgs& args);
   // Bytes of what a tile keeps of one key tile, for `rows` rows; a multiple of 64.
   int64_t (*partial_bytes)(const AttentionArgs& args, int rows);
-  // All keys of the tile, and its part of `out`.
-  void (*attend_all)(const AttentionArgs& args, const AttentionTile& tile, void* scratch);
+  // All keys of the tile, and its part of `out`. `after`: the tile that this thread takes up next, null if not known.
+  void (*attend_all)(const AttentionArgs& args, const AttentionTile& tile, const AttentionTile* after, void* scratch);
   // Key tile `index` alone, into partial [partial_bytes].
   void (*attend_one)(const AttentionArgs& args, const AttentionTile& tile, int64_t index, void* partial, void* scratch);
   // The partials of key tiles 0 .. count - 1, one after another, merged in order: the same bits as attend_all.

@@ -128,19 +128,30 @@ QueryTile open_tile(const AttentionArgs& args, const AttentionTile& tile, const 
   return query;
 }
 
+// Key 0 of a tile's row of the cache.
 template <typename W>
-void attend_key_tile(const AttentionArgs& args, const AttentionTile& tile, const QueryTile& query, int64_t index,
-                     float* packed) {
-  const KeyValues<W> source =
-      merged(static_cast<const W*>(args.kv_cache) + tile.batch * args.kv_strides[0] + tile.kv_head * args.kv_strides[1],
-             args.kv_strides[2], args.head_dim);
+const W* keys_of(const AttentionArgs& args, const AttentionTile& tile) {
+  return static_cast<const W*>(args.kv_cache) + tile.batch * args.kv_strides[0] + tile.kv_head * args.kv_strides[1];
+}
+
+// `after`: the tile that this thread takes up next, may be null.
+template <typename W>
+void attend_key_tile(const AttentionArgs& args, const AttentionTile& tile, const AttentionTile* after,
+                     const QueryTile& query, int64_t index, float* packed) {
+  const KeyValues<W> source = merged(keys_of<W>(args, tile), args.kv_strides[2], args.head_dim);
   const auto key_tile = [&](int64_t i) {
     const int64_t first = i * kKeysAtOnce, left = tile.limit - first;
     return KeyTile{first, static_cast<int>(left < 0 ? 0 : left < kKeysAtOnce ? left : kKeysAtOnce), 0.0f};
   };
   const KeyTile keys = key_tile(index), next = key_tile(index + 1);
   if (tile.num_rows <= kFewRows) {
-    attend_few(query, source, keys);
+    ptrdiff_t ahead = 0;
+    if (next.count > 0) {
+      ahead = kKeysAtOnce * source.stride;
+    } else if (after) {
+      ahead = keys_of<W>(args, *after) - (source.data + keys.first * source.stride);
+    }
+    attend_few(query, source, keys, ahead);
   } else {
     attend(query, source, keys, &next, packed);
   }
@@ -168,14 +179,14 @@ void write_tile(const AttentionArgs& args, const AttentionTile& tile, const Quer
   }
 }
 
-void attend_all(const AttentionArgs& args, const AttentionTile& tile, void* scratch) {
+void attend_all(const AttentionArgs& args, const AttentionTile& tile, const AttentionTile* after, void* scratch) {
   const Workspace w = workspace_at(args, scratch);
   const MaskContext mask = {&args, &tile};
   dispatch_dtype(args.dtype, [&](auto tag) {
     using W = typename decltype(tag)::Type;
     const QueryTile query = open_tile<W>(args, tile, mask, w, w.state);
     const int64_t count = (tile.limit + kKeysAtOnce - 1) / kKeysAtOnce;
-    for (int64_t index = 0; index < count; index++) attend_key_tile<W>(args, tile, query, index, w.packed);
+    for (int64_t index = 0; index < count; index++) attend_key_tile<W>(args, tile, after, query, index, w.packed);
     write_tile<W>(args, tile, query);
   });
 }
@@ -186,7 +197,7 @@ void attend_one(const AttentionArgs& args, const AttentionTile& tile, int64_t in
   dispatch_dtype(args.dtype, [&](auto tag) {
     using W = typename decltype(tag)::Type;
     const QueryTile query = open_tile<W>(args, tile, mask, w, static_cast<float*>(partial));
-    attend_key_tile<W>(args, tile, query, index, w.packed);
+    attend_key_tile<W>(args, tile, nullptr, query, index, w.packed);
   });
 }
 
