@@ -186,6 +186,74 @@ def test_change_into_what_alula_cannot_run() -> None:
     assert model(ids).logits.dtype == torch.float64
 
 
+def test_modules_exchanged_afterwards() -> None:
+    """Another block, another matrix, fewer blocks: followed; an adapter: said."""
+    model, plain = fresh("GPT2LMHeadModel", 1, n_layer=3), fresh("GPT2LMHeadModel", 1, n_layer=3)
+    report = at.accelerate(model)
+    ids = random_ids(model, 1, 6)
+    other = fresh("GPT2LMHeadModel", 1, n_layer=3)
+    randomise(other, 5)
+    for target in (model, plain):
+        target.transformer.h[1] = copy.deepcopy(other.transformer.h[1])
+    close(model(ids).logits, plain(ids).logits)
+    for target in (model, plain):
+        target.transformer.h[2].mlp.c_fc = copy.deepcopy(other.transformer.h[2].mlp.c_fc)
+    close(model(ids).logits, plain(ids).logits)
+    for target in (model, plain):
+        target.transformer.h = target.transformer.h[:2]
+    close(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+    assert not report.plain_calls
+
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + 1
+
+    model.transformer.h[0].mlp.c_proj = Adapter(model.transformer.h[0].mlp.c_proj)
+    with pytest.raises(ValueError, match=r"changed into .*h\.0\.mlp\.c_proj is a .*Adapter.*restore"):
+        model(ids)
+    assert at.restore(model)
+    assert model(ids, use_cache=False).logits.shape == (1, 6, model.config.vocab_size)
+
+
+def test_pickled_models(tmp_path) -> None:
+    model, plain = fresh(), fresh()
+    at.accelerate(model)
+    ids = random_ids(model, 1, 6)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    close(again(ids).logits, plain(ids).logits)
+    report = at.accelerate(again)  # runs plain when it is loaded
+    close(again(ids).logits, plain(ids).logits)
+    assert report.fast_calls == 1
+    at.restore(again)
+    close(again(ids).logits, plain(ids).logits)
+
+
+def test_encoder_decoder_models() -> None:
+    """Its decoder looks at an encoder: transformers' blocks run, and the report says so."""
+    encoder = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=40
+    )
+    decoder = transformers.GPT2Config(
+        n_embd=16, n_head=2, n_layer=2, vocab_size=40, n_positions=32, is_decoder=True, add_cross_attention=True
+    )
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    plain = transformers.EncoderDecoderModel(config).eval()
+    model = copy.deepcopy(plain)
+    report = at.accelerate(model)
+    ids = torch.randint(4, 40, (2, 5))
+    with pytest.warns(UserWarning, match="cross-attention"):
+        ours = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert torch.equal(ours, plain.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None))
+    assert not report.fast_calls
+    assert report.plain_calls
+
+
 def test_shares_vectors() -> None:
     """Biases and norms are the model's own memory; the parameters are not copied."""
     model = fresh("GPT2LMHeadModel")

@@ -51,6 +51,9 @@ def accelerate(model: PreTrainedModel) -> Report:
     refuse(model)
     report = Report(type(model).__name__, {"alula": alula.__version__, "transformers": versions.VERSION})
     plans, taken = [], {}
+    for module in model.modules():
+        if _is_accelerated(module) and not _runs_ours(module):
+            _take_off(module)  # unpickled: methods put on an instance come back as those of its class
     for where, module in model.named_modules():
         if _is_accelerated(module):
             module._alula.follow(module)
@@ -93,9 +96,7 @@ def restore(model: nn.Module) -> int:
     count = 0
     for module in _uncompiled(model).modules():
         if _is_accelerated(module):
-            module._alula_hook.remove()
-            for name in _OURS:
-                module.__dict__.pop(name, None)
+            _take_off(module)
             count += 1
         # 4.57 keeps a static cache between calls of generate
         if isinstance(kept := module.__dict__.get("_cache"), Cache) and has_our_layers(kept):
@@ -117,6 +118,17 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 
 def _is_accelerated(module: nn.Module) -> bool:
     return "_alula" in module.__dict__
+
+
+def _runs_ours(module: nn.Module) -> bool:
+    """Whether the forward on this instance is alula's."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is not type(module).forward
+
+
+def _take_off(module: nn.Module) -> None:
+    module._alula_hook.remove()
+    for name in _OURS:
+        module.__dict__.pop(name, None)
 
 
 def _put_on(plan: _Plan) -> None:

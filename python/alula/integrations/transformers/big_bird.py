@@ -85,6 +85,8 @@ class BigBirdState(StackState):
                 "attention and stays with it, as it does in transformers"
             )
             module.set_attention_type("original_full")
+            if not tracing:
+                stack.watch(module)  # other modules around the same matrices
 
         cache = given.get("past_key_values")
         use_cache = config.is_decoder and not is_sparse and wanted(module, given, "use_cache")

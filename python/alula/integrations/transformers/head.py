@@ -44,10 +44,10 @@ def why_not(module: nn.Module) -> str | None:
 
 def bound_forward(module: nn.Linear) -> types.MethodType:
     """A forward for this instance."""
-    return types.MethodType(_forward, module)
+    return types.MethodType(forward, module)
 
 
-def _forward(self: nn.Linear, input: Tensor) -> Tensor:
+def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """[..., E] -> [..., V]. Where gradients are followed, torch's own product."""
     if torch.is_grad_enabled() and (input.requires_grad or self.training):
         return F.linear(input, self.weight, self.bias)

@@ -1,8 +1,8 @@
 """Packed copies of a module's weights, made once and kept up to date.
 
 The kernels read matrices in panels (alula.ops.pack), so each is copied; vectors whose layout is the checkpoint's are
-shared with the module. Before a pass every parameter is compared with what was packed (the object, its memory, its
-version counter, its dtype): what changed is packed again. Changes written through ``parameter.data`` move no counter;
+shared with the module. Before a pass every submodule and parameter is compared with what was packed (the object, its
+memory, its version counter): what changed is packed again. Changes written through ``parameter.data`` move no counter;
 ``refresh`` packs after those.
 """
 
@@ -39,10 +39,13 @@ _VERSION = operator.attrgetter("_version")
 
 
 class Watch:
-    """Remembers the parameters of modules, to say whether they are still the same."""
+    """Remembers the parameters and submodules of modules, to say whether they are still the same."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._owners = [module._parameters for module in modules]
+        modules = list(modules)
+        self._parents = [module._modules for module in modules if module._modules]
+        self._children = [child for parent in self._parents for child in parent.values()]
+        self._owners = [module._parameters for module in modules if module._parameters]
         self._parameters = [parameter for owner in self._owners for parameter in owner.values()]
         given = [parameter for parameter in self._parameters if parameter is not None]
         self._given = given
@@ -52,11 +55,14 @@ class Watch:
         self._versions = list(map(_VERSION, self._counted))
 
     def changed(self) -> bool:
-        """Whether a parameter is another object, lies elsewhere, or was written in place."""
+        """Whether a parameter or submodule is another object, or a parameter lies elsewhere or was written in place."""
         now = [parameter for owner in self._owners for parameter in owner.values()]
+        children = [child for parent in self._parents for child in parent.values()]
         return (
             len(now) != len(self._parameters)
+            or len(children) != len(self._children)
             or not all(map(operator.is_, now, self._parameters))
+            or not all(map(operator.is_, children, self._children))
             or list(map(_VERSION, self._counted)) != self._versions
             or list(map(Tensor.data_ptr, self._given)) != self._pointers
         )
@@ -100,12 +106,14 @@ class PackedStack:
                 blocks.append(type(bound)(*map(memory.take, bound)))
         self.engine, self.shape, self.dtype = engine, engine._shape, dtype
         self.blocks = _bound(blocks, self.shape)
-        self._watch(module)
+        self.watch(module)
 
-    def _watch(self, module: nn.Module) -> None:
+    def watch(self, module: nn.Module) -> None:
+        """Takes the module as it is now for what is packed."""
         blocks = self.family.blocks(module)
+        self._container = blocks
         self._watches = [Watch(block.modules()) for block in blocks]
-        self._watch_all = Watch(inner for block in blocks for inner in block.modules())
+        self._watch_all = Watch(blocks.modules())
 
     @staticmethod
     def _pack_block(block: nn.Module, counterpart: nn.Module) -> tuple:
@@ -121,11 +129,13 @@ class PackedStack:
 
     def follow(self, module: nn.Module) -> bool:
         """Packs again what changed; whether something had."""
-        if not self._watch_all.changed():
+        blocks = self.family.blocks(module)
+        if blocks is self._container and not self._watch_all.changed():
             return False
         stale = [index for index, watch in enumerate(self._watches) if watch.changed()]
         try:
-            self.pack(module) if len(stale) == len(self._watches) else self._repack(module, stale)
+            in_blocks = blocks is self._container and 0 < len(stale) < len(self._watches) == len(blocks)
+            self._repack(module, stale) if in_blocks else self.pack(module)
         except NotReplaceable as error:
             raise changed_too_far(module, str(error)) from error
         return True
@@ -143,7 +153,7 @@ class PackedStack:
                 moved = ((there.copy_(new) if _is_matrix(new) else new) for new, there in pairs)
                 blocks[index] = type(blocks[index])(*moved)
         self.blocks = _bound(blocks, self.shape)
-        self._watch(module)
+        self.watch(module)
 
     @property
     def nbytes(self) -> int:

@@ -53,16 +53,20 @@ class StackState:
         self.has_dropout = any(isinstance(inner, nn.Dropout) and inner.p for inner in module.modules()) or any(
             getattr(module.config, rate, 0) for rate in rates
         )
-        # Hooks on modules inside the blocks would not run: these dictionaries are looked at before every pass.
-        inner = [submodule for block in family.blocks(module) for submodule in block.modules()]
-        if family.is_decoder:
-            inner.append(module.ln_f)
-        self.hooks = [hooks for sub in inner for hooks in (sub._forward_hooks, sub._forward_pre_hooks)]
+        self._find_hooks(module)
 
     def follow(self, module: nn.Module) -> None:
         """Packs again what changed since the last pass. NotReplaceable if it became what alula cannot run."""
         if self.stack.follow(module):
             self.repacked += 1
+            self._find_hooks(module)
+
+    def _find_hooks(self, module: nn.Module) -> None:
+        """Hooks on modules inside the blocks would not run: these dictionaries are looked at before every pass."""
+        inner = list(self.family.blocks(module).modules())
+        if self.family.is_decoder:
+            inner.append(module.ln_f)
+        self.hooks = [hooks for sub in inner for hooks in (sub._forward_hooks, sub._forward_pre_hooks)]
 
     def why_plain(self, module: nn.Module, given: dict[str, Any]) -> str | None:
         """Why this call cannot go through alula's blocks; None if it can. May put alula's layers into the cache."""
