@@ -128,12 +128,47 @@ ALULA_INLINE ChunkFunction<W> chunk_for(int tile_rows) {
   return kTable[tile_rows / 2];
 }
 
+// Rows of memory that are needed next, fetched into the second-level cache a share at a time: products wait for no
+// memory, packing does.
+class FetchList {
+ public:
+  void add(const void* rows, int64_t num_rows, int64_t row_bytes, int64_t stride_bytes) {
+    if (num_ranges_ == kMostRanges || num_rows <= 0) return;
+    const int64_t lines = (row_bytes + 63) / 64;
+    ranges_[num_ranges_++] = {static_cast<const char*>(rows), stride_bytes, lines, num_rows};
+    total_ += num_rows * lines;
+  }
+
+  // Part `part` of `parts`, in order; whole rows.
+  void fetch(int part, int parts) {
+    for (const int64_t until = total_ * (part + 1) / parts; done_ < until && range_ < num_ranges_;) {
+      Range& range = ranges_[range_];
+      for (int64_t line = 0; line < range.lines; line++) prefetch_to_second_level(range.at + line * 64);
+      range.at += range.stride;
+      done_ += range.lines;
+      if (--range.num_rows == 0) range_++;
+    }
+  }
+
+ private:
+  struct Range {
+    const char* at;
+    ptrdiff_t stride;
+    int64_t lines, num_rows;
+  };
+  static constexpr int kMostRanges = 24;
+  Range ranges_[kMostRanges];
+  int num_ranges_ = 0, range_ = 0;
+  int64_t total_ = 0, done_ = 0;  // lines
+};
+
 // A query tile meets a chunk.
 template <typename W>
-void attend(const QueryTile& query, const BlockChunk& chunk) {
+void attend(const QueryTile& query, const BlockChunk& chunk, FetchList& next) {
   const RowCuts cuts(query.rows);
   for (int tile = 0; tile < cuts.num_tiles; tile++) {
     const int row = cuts.begin(tile);
+    next.fetch(tile, cuts.num_tiles);
     chunk_for<W>(cuts.begin(tile + 1) - row)(query, row, chunk);
   }
 }

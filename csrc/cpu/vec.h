@@ -128,6 +128,7 @@ template <bool kOnce = false>
 ALULA_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, kOnce ? 0 : 3);
 }
+ALULA_INLINE void prefetch_to_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <bool kPastCaches, typename T>
 ALULA_INLINE void store_or_stream(T* p, Vec a) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "core/scratch.h"
@@ -60,8 +61,8 @@ Lists checked_lists(const Tensor& starts, const Tensor& entries, const Tensor& q
       "the plan has lists for ", lists.num_batches, " batch rows and ", lists.num_heads, " heads; accepted: 1 or ",
       batch, " and 1 or ", num_heads);
   const int64_t needed = (tokens + block_size - 1) / block_size;
-  ALULA_CHECK(lists.num_blocks == needed || tokens == 0, "the plan is for ", lists.num_blocks, " blocks of ",
-              block_size, "; ", tokens, " tokens are ", needed, " blocks");
+  ALULA_CHECK(lists.num_blocks == needed, "the plan is for ", lists.num_blocks, " blocks of ", block_size, "; ", tokens,
+              " tokens are ", needed, " blocks");
   const int64_t total = entries.size(0), count = starts.numel();
   const auto* start = static_cast<const int32_t*>(lists.starts.const_data_ptr());
   for (int64_t i = 0; i < count; i++) {
@@ -190,7 +191,8 @@ void make_tiles(Work& work, const BlockSparseAttentionArgs& args, const BlockSpa
   for (size_t i = 0; i < work.tiles.size(); i++) work.tiles[i].query_blocks = work.query_blocks.data() + places[i];
 }
 
-// Runs of neighbouring tiles; a tile that is a large part of a thread's share by its chunks. Largest first.
+// Runs of neighbouring tiles; a tile that is a large part of a thread's share by its chunks. In the order of the heads,
+// so that a head's keys and values are in the caches while its tiles are done, and within a head the largest first.
 void make_items(Work& work, const BlockSparseAttentionArgs& args, const BlockSparseAttentionKernels& kernels) {
   work.items.clear();
   work.partial_bytes = 0;
@@ -223,7 +225,11 @@ void make_items(Work& work, const BlockSparseAttentionArgs& args, const BlockSpa
       work.items.push_back({i, 1, -1, cost});
     }
   }
-  std::stable_sort(work.items.begin(), work.items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  std::stable_sort(work.items.begin(), work.items.end(), [&](const Item& a, const Item& b) {
+    const BlockTile& x = work.tiles[a.tile];
+    const BlockTile& y = work.tiles[b.tile];
+    return std::tie(x.batch, x.head, b.cost) < std::tie(y.batch, y.head, a.cost);
+  });
 }
 
 void run_items(Work& work, const BlockSparseAttentionArgs& args, const BlockSparseAttentionKernels& kernels) {
@@ -298,6 +304,8 @@ Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   check_keys(v, "v", q, k.size(1));
   ALULA_CHECK(block_size == 16 || block_size == 32 || block_size == 64 || block_size == 128, "block_size is ",
               block_size, "; accepted: 16, 32, 64, 128");
+  Tensor out = new_large_tensor({batch, tokens, num_heads * head_dim}, q.scalar_type());
+  if (out.numel() == 0) return out;
   const Lists lists = checked_lists(starts, entries, q, block_size, global_tokens.has_value());
   const OptionalTensor flags =
       checked_flags(global_tokens, "global_tokens", lists.num_batches, lists.num_blocks * block_size,
@@ -333,10 +341,7 @@ Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   args.head_mask = static_cast<const float*>(data_or_null(head_factors));
   args.scale = static_cast<float>(scale);
   args.causal = causal;
-  Tensor out = torch::stable::empty({batch, tokens, num_heads * head_dim}, q.scalar_type());
   args.out = out.mutable_data_ptr();
-  if (batch == 0 || tokens == 0) return out;
-
   static thread_local Work own_work;
   Work& work = own_work;  // a reference, so that other threads see this one's
   const BlockSparseAttentionKernels& kernels = ALULA_KERNELS(kBlockSparseAttention);

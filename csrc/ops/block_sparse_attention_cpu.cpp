@@ -162,21 +162,31 @@ void forget(const Workspace& w) {
   for (int i = 0; i < w.num_slots; i++) w.slots[i] = {-1, 0, 0};
 }
 
+// Where the keys and values of the tile's head lie.
+template <typename W>
+KeyValues<W> source_of(const BlockSparseAttentionArgs& args, const BlockTile& tile) {
+  const int64_t kv_head = tile.head / (args.num_heads / args.num_kv_heads);
+  return {static_cast<const W*>(args.k) + tile.batch * args.k_strides[0] + kv_head * args.k_strides[1],
+          args.k_strides[2], args.head_dim,
+          static_cast<const W*>(args.v) + tile.batch * args.v_strides[0] + kv_head * args.v_strides[1],
+          args.v_strides[2]};
+}
+
+int count_visible(const BlockSparseAttentionArgs& args, int64_t batch, Columns columns) {
+  if (args.visible == nullptr) return static_cast<int>(columns.end - columns.begin);
+  int count = 0;
+  for (int64_t column = columns.begin; column < columns.end; column++) count += is_visible(args, batch, column);
+  return count;
+}
+
 template <typename W>
 void pack_block(const BlockSparseAttentionArgs& args, const BlockTile& tile, int64_t block, const Workspace& w,
                 Slot& slot, float* packed) {
   const int64_t d = args.head_dim, n = args.block_size;
-  const int64_t kv_head = tile.head / (args.num_heads / args.num_kv_heads);
-  KeyValues<W> source = {static_cast<const W*>(args.k) + tile.batch * args.k_strides[0] + kv_head * args.k_strides[1],
-                         args.k_strides[2], d,
-                         static_cast<const W*>(args.v) + tile.batch * args.v_strides[0] + kv_head * args.v_strides[1],
-                         args.v_strides[2]};
+  KeyValues<W> source = source_of<W>(args, tile);
   KeyTile keys = {args.grid[tile.batch] + block * n, static_cast<int>(n), 0.0f};
   const Columns columns = columns_of(args, tile.batch, block);
-  int visible = 0;
-  for (int64_t column = columns.begin; column < columns.end; column++) {
-    visible += is_visible(args, tile.batch, column);
-  }
+  const int visible = count_visible(args, tile.batch, columns);
   slot.visible = visible;
   if (visible == 0) return;
   if (visible < n) {
@@ -248,6 +258,7 @@ struct Share {
 
 // The entries of a list that chunk `index` has: equal shares.
 Share chunk_of(int64_t num_entries, int64_t index, int64_t num_chunks) {
+  if (num_chunks == 0) return {0, 0};
   return {num_entries * index / num_chunks, num_entries * (index + 1) / num_chunks};
 }
 
@@ -256,10 +267,44 @@ int64_t num_chunks(const BlockSparseAttentionArgs& args, int64_t num_entries) {
   return (num_entries + most - 1) / most;
 }
 
+// What follows a chunk: a chunk of the same tile or of another; tile is null after the last.
+struct Next {
+  const BlockTile* tile;
+  Share share;
+};
+
+// The memory that the next chunk will read: its blocks that are in no slot, and the queries of a new tile.
+template <typename W>
+FetchList what_to_fetch(const BlockSparseAttentionArgs& args, const BlockTile& now, const Next& next,
+                        const Workspace& w) {
+  FetchList list;
+  const int64_t d = args.head_dim, row_bytes = d * static_cast<int64_t>(sizeof(W));
+  if (next.tile == nullptr) return list;
+  const BlockTile& tile = *next.tile;
+  const KeyValues<W> source = source_of<W>(args, tile);
+  for (int64_t i = next.share.begin; i < next.share.end; i++) {
+    const int32_t block = args.entries[2 * (tile.first_entry + i)];
+    bool is_packed = false;
+    for (int slot = 0; slot < w.num_slots; slot++) is_packed = is_packed || w.slots[slot].block == block;
+    if (is_packed) continue;
+    const Columns columns = columns_of(args, tile.batch, block);
+    const int64_t rows = columns.end - columns.begin;
+    list.add(source.data + columns.begin * source.stride, rows, row_bytes, source.stride * sizeof(W));
+    list.add(source.values + columns.begin * source.value_stride, rows, row_bytes, source.value_stride * sizeof(W));
+  }
+  for (int i = 0; &tile != &now && i < tile.num_query_blocks; i++) {
+    const Columns columns = columns_of(args, tile.batch, tile.query_blocks[i]);
+    const int64_t at = (tile.batch * args.tokens + columns.begin) * args.num_heads + tile.head;
+    list.add(static_cast<const W*>(args.q) + at * d, columns.end - columns.begin, row_bytes,
+             args.num_heads * row_bytes);
+  }
+  return list;
+}
+
 // now: counts up with every chunk, so that no slot of this chunk is taken for another block of it.
 template <typename W>
 void attend_entries(const BlockSparseAttentionArgs& args, const BlockTile& tile, const QueryTile& query, Share share,
-                    uint32_t now, const Workspace& w) {
+                    const Next& next, uint32_t now, const Workspace& w) {
   const int64_t n = args.block_size;
   const int64_t first_token = w.token[0];
   int64_t last_token = 0;
@@ -288,15 +333,17 @@ void attend_entries(const BlockSparseAttentionArgs& args, const BlockTile& tile,
     chunk.is_marked[count] = entry[1] == 0 || (args.causal && columns.end > first_token + 1);
     const float bias = entry[1] > 1 ? std::log(static_cast<float>(entry[1])) : 0.0f;
     float* to = w.bias + count * n;
-    for (int64_t key = 0; key < n; key++) {
-      const bool seen =
-          slot.visible == n || (columns.begin + key < columns.end && is_visible(args, tile.batch, columns.begin + key));
-      to[key] = seen ? bias : -INFINITY;
+    for (int64_t key = 0; key < n; key += Vec::kWidth) store(to + key, broadcast(bias));
+    for (int64_t key = 0; slot.visible < n && key < n; key++) {
+      const int64_t column = columns.begin + key;
+      if (column >= columns.end || !is_visible(args, tile.batch, column)) to[key] = -INFINITY;
     }
     count++;
   }
   chunk.num_blocks = count;
-  if (count > 0) attend<W>(query, chunk);
+  if (count == 0) return;
+  FetchList list = what_to_fetch<W>(args, tile, next, w);
+  attend<W>(query, chunk, list);
 }
 
 void attend_tiles(const BlockSparseAttentionArgs& args, const BlockTile* tiles, int64_t num_tiles, void* scratch) {
@@ -310,7 +357,13 @@ void attend_tiles(const BlockSparseAttentionArgs& args, const BlockTile* tiles, 
       const QueryTile query = open_tile<W>(args, tile, w, w.state);
       const int64_t chunks = num_chunks(args, tile.num_entries);
       for (int64_t chunk = 0; chunk < chunks && query.rows > 0; chunk++) {
-        attend_entries<W>(args, tile, query, chunk_of(tile.num_entries, chunk, chunks), ++now, w);
+        Next next = {nullptr, {0, 0}};
+        if (chunk + 1 < chunks) {
+          next = {&tile, chunk_of(tile.num_entries, chunk + 1, chunks)};
+        } else if (t + 1 < num_tiles) {
+          next = {&tiles[t + 1], chunk_of(tiles[t + 1].num_entries, 0, num_chunks(args, tiles[t + 1].num_entries))};
+        }
+        attend_entries<W>(args, tile, query, chunk_of(tile.num_entries, chunk, chunks), next, ++now, w);
       }
       write_tile<W>(args, tile, query, w.token);
     }
@@ -326,7 +379,7 @@ void attend_one(const BlockSparseAttentionArgs& args, const BlockTile& tile, int
     const QueryTile query = open_tile<W>(args, tile, w, static_cast<float*>(partial));
     if (query.rows == 0) return;
     const int64_t chunks = num_chunks(args, tile.num_entries);
-    attend_entries<W>(args, tile, query, chunk_of(tile.num_entries, chunk, chunks), 1, w);
+    attend_entries<W>(args, tile, query, chunk_of(tile.num_entries, chunk, chunks), {nullptr, {0, 0}}, 1, w);
   });
 }
 
