@@ -156,7 +156,7 @@ class BlockPlan:
         """
         _check_block_size(block_size)
         heads = [list(head) for head in lists]
-        if not heads or not heads[0]:
+        if not heads:
             raise ValueError("no lists: a plan has one for each query block")
         if all(_is_number(block) for row in heads for block in row):
             heads = [heads]  # one list for each query block

@@ -13,7 +13,7 @@ import warnings
 from typing import NoReturn
 
 from alula._version import __version__
-from alula.commands import CommandError, fill_mask, generate, info
+from alula.commands import CommandError, fill_mask, generate, info, plot_plan
 
 __all__ = ["main"]
 
@@ -99,6 +99,7 @@ def _make_parser() -> argparse.ArgumentParser:
         ("generate", generate, "continue a text"),
         ("fill-mask", fill_mask, "say what may stand in place of [MASK]"),
         ("info", info, "print versions, instruction sets, threads, CUDA build, GPUs"),
+        ("plot-plan", plot_plan, "draw the blocks that a block-sparse attention sees"),
     ):
         sub = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw)
         module.add_arguments(sub)
