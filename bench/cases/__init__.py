@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from alula.bench.cases import attention, embedding, layer_norm, linear, qkv_projection, scaled_masked_softmax
+from alula.bench.cases import (
+    attention,
+    block_sparse_attention,
+    embedding,
+    layer_norm,
+    linear,
+    qkv_projection,
+    scaled_masked_softmax,
+)
 from alula.bench.cases.case import Case
 
 OPS: dict[str, Callable[[bool], list[Case]]] = {
     "linear": linear.cases,
     "qkv_projection": qkv_projection.cases,
     "attention": attention.cases,
+    "block_sparse_attention": block_sparse_attention.cases,
     "scaled_masked_softmax": scaled_masked_softmax.cases,
     "layer_norm": layer_norm.cases,
     "embedding": embedding.cases,
