@@ -229,7 +229,8 @@ void multiply_quantized_activations(const PanelGemmArgs& args, const uint8_t* pa
   alignas(64) uint8_t unpacked[kActivationBlock * kPanel];
 
   for_each_share(args, first_block, last_block, [&](int64_t row_begin, int64_t row_end) {
-    const bool unpack = has_4bit_codes(f.kind) && row_end - row_begin > kRows;
+    const bool several = row_end - row_begin > kRows;  // row blocks that read a block of the panel
+    const bool unpack = has_4bit_codes(f.kind) && several;
     for (int64_t panel = first_panel; panel < last_panel; panel++) {
       const uint8_t* weight = static_cast<const uint8_t*>(args.weight) + panel * bytes;
       std::memset(c, 0, static_cast<size_t>(row_end - row_begin) * kPanel * sizeof(float));
@@ -249,14 +250,14 @@ void multiply_quantized_activations(const PanelGemmArgs& args, const uint8_t* pa
           const uint8_t* a = packed + row * row_bytes + block * rows * kActivationStride;
           QuantizedTile tile;
           if (f.kind == WeightKind::kInt8) {
-            tile = row == row_begin ? quantized_tile_for<BytesRowScale, kPrefetchAhead>(rows)
-                                    : quantized_tile_for<BytesRowScale, 0>(rows);
+            tile = several && row == row_begin ? quantized_tile_for<BytesRowScale, kPrefetchAhead>(rows)
+                                               : quantized_tile_for<BytesRowScale, 0>(rows);
           } else if (unpack) {
             tile = quantized_tile_for<BytesGroupScale, 0>(rows);
           } else if (f.kind == WeightKind::kNf4) {
-            tile = quantized_tile_for<TableNibbles, kPrefetchAhead>(rows);
+            tile = quantized_tile_for<TableNibbles, 0>(rows);
           } else {
-            tile = quantized_tile_for<Nibbles, kPrefetchAhead>(rows);
+            tile = quantized_tile_for<Nibbles, 0>(rows);
           }
           tile(a, b, c + (row - row_begin) * kPanel);
         }

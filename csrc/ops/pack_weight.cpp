@@ -6,6 +6,7 @@
 #include "cpu/panel_gemm_args.h"
 #include "cpu/panel_gemm_parallel.h"
 #include "cpu/parallel.h"
+#include "cpu/weight_memory.h"
 
 namespace alula {
 namespace {
@@ -48,10 +49,8 @@ Tensor pack_weight(const Tensor& weight) {
   const DType dtype = value_dtype(weight, "weight");
   const int64_t n = weight.size(0), k = weight.size(1);
   const bool paired = dtype == DType::kBFloat16;
-  Tensor packed = paired ? torch::stable::empty({num_panels(n), (k + 1) / 2, kPanelRows, 2}, weight.scalar_type())
-                         : torch::stable::empty({num_panels(n), k, kPanelRows}, weight.scalar_type());
-  // Weights are read in address order once per token.
-  ask_for_large_pages(packed.mutable_data_ptr(), packed.numel() * packed.element_size());
+  Tensor packed = paired ? new_weight_tensor({num_panels(n), (k + 1) / 2, kPanelRows, 2}, weight.scalar_type())
+                         : new_weight_tensor({num_panels(n), k, kPanelRows}, weight.scalar_type());
   const int64_t rows = weight.stride(0), columns = weight.stride(1);
   if (paired) {
     pack_panels<uint16_t, 2>(static_cast<const uint16_t*>(weight.const_data_ptr()), rows, columns, n, k,

@@ -14,6 +14,7 @@
 #include "cpu/panel_gemm_args.h"
 #include "cpu/panel_gemm_parallel.h"
 #include "cpu/parallel.h"
+#include "cpu/weight_memory.h"
 
 namespace alula {
 namespace {
@@ -180,8 +181,7 @@ Tensor quantize_weight(const Tensor& weight, int64_t format_code) {
                              weight.size(0),          weight.size(1),
                              weight.stride(0),        weight.stride(1)};
   const int64_t bytes = panel_bytes(f, plain.k);
-  Tensor packed = torch::stable::empty({num_panels(plain.n), bytes}, ScalarType::Byte);
-  ask_for_large_pages(packed.mutable_data_ptr(), packed.numel());
+  Tensor packed = new_weight_tensor({num_panels(plain.n), bytes}, ScalarType::Byte);
   auto* panels = static_cast<uint8_t*>(packed.mutable_data_ptr());
   std::atomic<int64_t> bad_row{-1};
   parallel_ranges(num_panels(plain.n), 1, [&](int64_t first, int64_t last) {

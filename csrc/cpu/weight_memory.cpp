@@ -1,0 +1,106 @@
+#include "cpu/weight_memory.h"
+
+#include <sys/mman.h>
+
+#include <memory>
+#include <mutex>
+#include <new>
+
+namespace alula {
+namespace {
+
+constexpr size_t kSlabBytes = 64 << 20;
+constexpr size_t kAlignment = 64;
+constexpr size_t kPage = 4096;
+
+constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+// A mapping that weights are cut from, one after the other. It lives as long as any of them.
+class Slab {
+ public:
+  explicit Slab(size_t bytes) : size_(bytes) {
+    base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base_ == MAP_FAILED) throw std::bad_alloc();
+    ask_for_large_pages(base_, static_cast<int64_t>(size_));
+  }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+  ~Slab() { munmap(base_, size_); }
+
+  // Null where it does not fit.
+  void* take(size_t bytes) {
+    if (bytes > size_ - used_) return nullptr;
+    void* data = static_cast<char*>(base_) + used_;
+    used_ += round_up(bytes, kAlignment);
+    return data;
+  }
+
+  // Gives whole pages back to the system; the room at the end is used again.
+  void release(void* data, size_t bytes) {
+    const auto begin = static_cast<size_t>(static_cast<char*>(data) - static_cast<char*>(base_));
+    const size_t end = begin + round_up(bytes, kAlignment);
+    const size_t first = round_up(begin, kPage), last = end / kPage * kPage;
+    if (first < last) madvise(static_cast<char*>(base_) + first, last - first, MADV_DONTNEED);
+    if (end == used_) used_ = begin;
+  }
+
+ private:
+  void* base_;
+  size_t size_;
+  size_t used_ = 0;
+};
+
+struct State {
+  std::mutex mutex;
+  std::shared_ptr<Slab> current;  // what the next weight is cut from
+};
+// Never destroyed: weights may outlive every other static object.
+State& state() {
+  static auto* const only = new State;
+  return *only;
+}
+
+struct Piece {
+  std::shared_ptr<Slab> slab;
+  void* data;
+};
+
+Piece take(size_t bytes) {
+  State& s = state();
+  const std::lock_guard lock(s.mutex);
+  if (bytes > kSlabBytes / 4) {  // a mapping of its own: at most a quarter of a slab is left empty
+    auto slab = std::make_shared<Slab>(round_up(bytes, size_t{2} << 20) + (size_t{2} << 20));
+    void* data = slab->take(bytes);
+    return {slab, data};
+  }
+  void* data = s.current ? s.current->take(bytes) : nullptr;
+  if (data == nullptr) {
+    s.current = std::make_shared<Slab>(kSlabBytes);
+    data = s.current->take(bytes);
+  }
+  return {s.current, data};
+}
+
+}  // namespace
+
+Tensor new_weight_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  int64_t count = 1;
+  std::vector<int64_t> strides(sizes.size());
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = count;
+    count *= sizes[i];
+  }
+  const size_t element = dtype == ScalarType::Byte ? 1 : dtype == ScalarType::Float ? 4 : 2;
+  const size_t bytes = static_cast<size_t>(count) * element;
+  if (bytes < kPage) return torch::stable::empty(sizes, dtype);
+  Piece piece = take(bytes);
+  const auto release = [slab = piece.slab, bytes](void* data) mutable {
+    const std::lock_guard lock(state().mutex);
+    slab->release(data, bytes);
+    slab.reset();
+  };
+  return torch::stable::from_blob(piece.data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  dtype, release);
+}
+
+}  // namespace alula
