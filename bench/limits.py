@@ -1,4 +1,4 @@
-"""The limits of this machine, measured: memory read and copy bandwidth, fp32 FMA and bf16 dot-product peak.
+"""The limits of this machine, measured: memory read and copy bandwidth, fp32 FMA, bf16 and int8 dot-product peaks.
 
 A limit is the best that several plain ways to reach it gave: the share that an op reaches is then never flattered by a
 slow yardstick. Bandwidths count the bytes that the program asks for (a copy: each byte read and each byte written).
@@ -26,9 +26,10 @@ class Limits:
     copy: float
     fp32_fma: float | None
     bf16_dot: float | None
+    int8_dot: float | None = None
 
     def of(self, bound: str) -> float | None:
-        """The limit of a kind: read, copy, fp32_fma or bf16_dot."""
+        """The limit of a kind: read, copy, fp32_fma, bf16_dot or int8_dot."""
         return getattr(self, bound)
 
     def line(self) -> str:
@@ -39,7 +40,8 @@ class Limits:
 
         return (
             f"limits: read {self.read:.1f} GB/s, copy {self.copy:.1f} GB/s, "
-            f"fp32 FMA {flops(self.fp32_fma)}, bf16 dot {flops(self.bf16_dot)}"
+            f"fp32 FMA {flops(self.fp32_fma)}, bf16 dot {flops(self.bf16_dot)}, "
+            f"int8 dot {flops(self.int8_dot).replace('GFLOP', 'GOP')}"
         )
 
 
@@ -50,6 +52,7 @@ def measure(threads: int, seconds: float = 0.5) -> Limits:
         copy=copy_bandwidth(threads, seconds),
         fp32_fma=peak_gflops("fp32_fma", threads, seconds),
         bf16_dot=peak_gflops("bf16_dot", threads, seconds),
+        int8_dot=peak_gflops("int8_dot", threads, seconds),
     )
 
 
@@ -74,7 +77,7 @@ def copy_bandwidth(threads: int, seconds: float = 0.5, *, buffer_bytes: int = BU
 
 
 def peak_gflops(kind: str, threads: int, seconds: float = 0.5) -> float | None:
-    """GFLOP/s of `threads` threads that do nothing but `kind` (fp32_fma or bf16_dot) on registers.
+    """GFLOP/s of `threads` threads that do nothing but `kind` (fp32_fma, bf16_dot or int8_dot) on registers.
 
     None where alula's library or this processor has no such kernel.
     """

@@ -21,7 +21,7 @@ from alula.limits import last_level_cache_bytes
 from alula.testing import compare
 from torch import Tensor
 
-UNITS = {"read": "GB/s", "copy": "GB/s", "fp32_fma": "GFLOP/s", "bf16_dot": "GFLOP/s"}
+UNITS = {"read": "GB/s", "copy": "GB/s", "fp32_fma": "GFLOP/s", "bf16_dot": "GFLOP/s", "int8_dot": "GOP/s"}
 COLD_CACHES = 4  # the buffers of a memory-bound case take this many times the last-level cache
 HEADER = ("case", "dtype", "engine", "median", "+-", "rate", "of limit", "alula / it")
 
@@ -147,7 +147,9 @@ def rotating(case: Case, name: str, inputs: Inputs) -> Callable[[], object]:
     """The call to time: each call works on the next set of buffers where the case is bound by memory."""
     sets = 1
     if case.bound in ("read", "copy"):
-        size = sum(value.numel() * value.element_size() for value in inputs.values() if isinstance(value, Tensor))
+        size = case.bytes_read or sum(
+            value.numel() * value.element_size() for value in inputs.values() if isinstance(value, Tensor)
+        )
         sets = max(1, math.ceil(COLD_CACHES * last_level_cache_bytes() / size))
     copies = [inputs, *({key: _clone(value) for key, value in inputs.items()} for _ in range(sets - 1))]
     calls = itertools.cycle([case.prepare[name](copy) for copy in copies])

@@ -31,10 +31,10 @@ py::dict build_info() {
 // One core's rate, in units of 1e9 operations a second; 0 where the instruction set in use has no such instruction.
 double peak_gflops(const std::string& kind, double seconds) {
   const alula::PeakKernels& kernels = alula::peak_kernels();
-  if (kind != "fp32_fma" && kind != "bf16_dot") {
-    throw py::value_error("unknown kind '" + kind + "'; accepted: fp32_fma, bf16_dot");
+  if (kind != "fp32_fma" && kind != "bf16_dot" && kind != "int8_dot") {
+    throw py::value_error("unknown kind '" + kind + "'; accepted: fp32_fma, bf16_dot, int8_dot");
   }
-  const auto run = kind == "fp32_fma" ? kernels.fp32_fma : kernels.bf16_dot;
+  const auto run = kind == "fp32_fma" ? kernels.fp32_fma : kind == "bf16_dot" ? kernels.bf16_dot : kernels.int8_dot;
   py::gil_scoped_release release;
   using Clock = std::chrono::steady_clock;
   float sink = 0;
@@ -113,6 +113,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_decoder_blocks", &alula::release_decoder_blocks, py::arg("blocks"),
         "Forget a stack of blocks that torch.ops.alula.bind_decoder_blocks made.");
   m.def("peak_gflops", &peak_gflops, py::arg("kind"), py::arg("seconds") = 0.2,
-        "One core's measured rate in GFLOP/s, kind 'fp32_fma' or 'bf16_dot'; the GIL is released.");
+        "One core's measured rate in GFLOP/s, kind 'fp32_fma', 'bf16_dot' or 'int8_dot'; the GIL is released.");
   bind_block_plan(m);
 }

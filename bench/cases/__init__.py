@@ -11,12 +11,14 @@ from alula.bench.cases import (
     layer_norm,
     linear,
     qkv_projection,
+    quantized_linear,
     scaled_masked_softmax,
 )
 from alula.bench.cases.case import Case
 
 OPS: dict[str, Callable[[bool], list[Case]]] = {
     "linear": linear.cases,
+    "quantized_linear": quantized_linear.cases,
     "qkv_projection": qkv_projection.cases,
     "attention": attention.cases,
     "block_sparse_attention": block_sparse_attention.cases,

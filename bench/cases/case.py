@@ -20,7 +20,7 @@ class Case:
     prepare: for each contestant (alula first), a function from inputs to the call that is timed; what it does before
     it returns (packing weights, making views) is not timed. Every call returns what `reference` returns.
     bound: the limit that the case is measured by. For read and copy `work` is in bytes and the buffers rotate so that
-    each call finds cold caches; for fp32_fma and bf16_dot it is in floating-point operations.
+    each call finds cold caches; for fp32_fma, bf16_dot and int8_dot it is in operations.
     """
 
     op: str
@@ -31,6 +31,7 @@ class Case:
     make: Callable[[torch.Generator], Inputs]
     reference: Callable[[Inputs, torch.dtype], Tensor | tuple[Tensor, ...]]
     prepare: dict[str, Callable[[Inputs], Call]]
+    bytes_read: int | None = None  # by a call, where that is not the size of the inputs (a packed weight)
 
     @property
     def dtype_name(self) -> str:

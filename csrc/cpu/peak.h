@@ -6,10 +6,11 @@
 namespace alula {
 
 struct PeakKernels {
-  // Run about `iterations` x 24 independent multiply-adds of full registers and return the floating-point operations
+  // Run about `iterations` x 24 independent multiply-adds of full registers and return the operations
   // done; 0 where the instruction set has no such instruction. `sink` keeps the compiler from dropping the work.
   double (*fp32_fma)(long iterations, float* sink);
   double (*bf16_dot)(long iterations, float* sink);
+  double (*int8_dot)(long iterations, float* sink);
 };
 
 ALULA_DECLARE_KERNELS(PeakKernels, kPeak)

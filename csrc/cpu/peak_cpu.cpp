@@ -40,8 +40,26 @@ double bf16_dot(long iterations, float* sink) {
 double bf16_dot(long, float*) { return 0; }
 #endif
 
+#if defined(__AVX512VNNI__)
+double int8_dot(long iterations, float* sink) {
+  __m512i acc[kChains];
+  for (int i = 0; i < kChains; i++) acc[i] = _mm512_set1_epi32(i);
+  const __m512i a = _mm512_set1_epi32(0x01020304), b = _mm512_set1_epi32(0x7f01ff03);
+  for (long n = 0; n < iterations; n++) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
+  }
+  __m512i sum = acc[0];
+  for (int i = 1; i < kChains; i++) sum = _mm512_xor_si512(sum, acc[i]);
+  *sink = static_cast<float>(_mm512_reduce_add_epi32(sum));
+  return 8.0 * static_cast<double>(iterations) * kChains * Vec::kWidth;
+}
+#else
+double int8_dot(long, float*) { return 0; }
+#endif
+
 }  // namespace
 
-const PeakKernels kPeak = {fp32_fma, bf16_dot};
+const PeakKernels kPeak = {fp32_fma, bf16_dot, int8_dot};
 
 }  // namespace alula::ALULA_ISA
