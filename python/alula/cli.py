@@ -1,4 +1,5 @@
-"""The command line: `alula generate`, `alula fill-mask`, `alula info`, `alula bench`.
+"""The command line: `alula generate`, `alula fill-mask`, `alula quantize`, `alula evaluate`, `alula info`, `alula
+bench`.
 
 Exit codes: 0 done, 2 an error that one line on standard error explains, 130 Ctrl-C, 141 the reader of the output left.
 """
@@ -13,7 +14,7 @@ import warnings
 from typing import NoReturn
 
 from alula._version import __version__
-from alula.commands import CommandError, fill_mask, generate, info, plot_plan
+from alula.commands import CommandError, evaluate, fill_mask, generate, info, plot_plan, quantize
 
 __all__ = ["main"]
 
@@ -24,6 +25,8 @@ examples:
   alula generate --model starcoder --stop $'\\n\\n' < start_of_file.py
   alula generate --batch-file prompts.txt --json       one JSON object a prompt
   alula fill-mask "Plants create [MASK]." --model bigbird   tokens and their probabilities
+  alula quantize starcoder starcoder-int4 --format int4     a folder with packed weights, which loads at once
+  alula evaluate --text file.py --quantize int8        bits per byte, to compare models and formats
   alula info                                           versions, instruction sets, threads, GPUs
   alula bench --help                                   times kernels and models against their peers
 
@@ -98,6 +101,8 @@ def _make_parser() -> argparse.ArgumentParser:
     for name, module, summary in (
         ("generate", generate, "continue a text"),
         ("fill-mask", fill_mask, "say what may stand in place of [MASK]"),
+        ("quantize", quantize, "write a copy of a model with int8, int4 or nf4 weights"),
+        ("evaluate", evaluate, "say how well a model predicts a text"),
         ("info", info, "print versions, instruction sets, threads, CUDA build, GPUs"),
         ("plot-plan", plot_plan, "draw the blocks that a block-sparse attention sees"),
     ):

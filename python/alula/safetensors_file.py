@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,17 +164,18 @@ def write_safetensors(
     path: str | os.PathLike,
     tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
     read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a file holding the named tensors in the order given. ``read(name)`` is called once for each, when its turn
-    comes, and the result is dropped once written. The data is aligned to 8 bytes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    comes, and the result is dropped once written. The data begins at a multiple of 64 bytes, a cache line."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, dtype, shape in tensors:
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % 64)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -189,6 +189,17 @@ class Checkpoint:
     def release(self, name: str) -> None:
         self._where[name].release(name)
 
+    def metadata_objects(self, key: str) -> dict[str, Any]:
+        """The JSON objects under ``key`` in the files' metadata as one; what is none is left out."""
+        found: dict[str, Any] = {}
+        for file in dict.fromkeys(self._where.values()):
+            try:
+                value = json.loads(file.metadata[key]) if isinstance(file, SafetensorsFile) else {}
+            except (KeyError, TypeError, ValueError):
+                continue
+            found |= value if isinstance(value, dict) else {}
+        return found
+
     def dtype(self) -> torch.dtype:
         """The dtype of most of the weights' bytes; float32 for a checkpoint without floating-point tensors."""
         sizes: dict[torch.dtype, int] = {}
@@ -212,9 +223,9 @@ class LoadReport:
 class _Match:
     """Which tensor of the source fills which of the model's, decided before anything is read."""
 
-    def __init__(self, model: Any, source: TensorSource) -> None:
+    def __init__(self, model: Any, source: TensorSource, loaded: Collection[str]) -> None:
         prefix = model.base_model_prefix + "."
-        slots = model.weight_slots()
+        slots = {name: slot for name, slot in model.weight_slots().items() if name not in loaded}
         by_short = {name.removeprefix(prefix): name for name in slots}
         aliases = {a.removeprefix(prefix): target.removeprefix(prefix) for a, target in model.tied_aliases().items()}
         found: dict[str, str] = {}
@@ -259,20 +270,28 @@ class _Match:
 
 
 def load_weights(
-    model: Any, source: TensorSource, dtype: torch.dtype, *, optional: Iterable[str] = (), strict: bool = False
+    model: Any,
+    source: TensorSource,
+    dtype: torch.dtype,
+    *,
+    optional: Iterable[str] = (),
+    strict: bool = False,
+    loaded: Collection[str] = (),
 ) -> LoadReport:
     """Fills a model from a source, everything checked before the first weight changes.
 
     Args:
-        model: has ``weight_slots()``, ``tied_aliases()``, ``is_ignored_tensor()`` and ``base_model_prefix``.
+        model: has ``weight_slots()``, ``tied_aliases()``, ``is_ignored_tensor()``, ``base_model_prefix`` and
+            ``weight_writer()``.
         source: the tensors. The base model's prefix may be there or not.
         dtype: what the weights become.
         optional: prefixes of names that may be missing (the heads of other tasks).
         strict: unexpected tensors are an error instead of a warning.
+        loaded: names that have their values already.
 
     Raises ValueError naming every tensor that is missing, unexpected (``strict``), of a wrong shape or dtype.
     """
-    match = _Match(model, source)
+    match = _Match(model, source, loaded)
     missing = [name for name in match.missing if not name.startswith(tuple(optional) or "\0")]
     problems = []
     if missing:
@@ -294,12 +313,13 @@ def load_weights(
             )
         source.release(name)
 
-    slots = model.weight_slots()
     # Largest first: while a big tensor is mapped and packed at once, little else is in memory yet.
-    order = sorted(match.pairs.items(), key=lambda pair: -source.info(pair[1]).nbytes)
-    for target, name in _progress(order):
-        slots[target].write(source.read(name).to(dtype))
-        source.release(name)
+    order = sorted(match.pairs, key=lambda target: -source.info(match.pairs[target]).nbytes)
+    writer = model.weight_writer(dtype)
+    for targets in _progress(writer.together(order)):
+        writer.write({target: source.read(match.pairs[target]) for target in targets})
+        for target in targets:
+            source.release(match.pairs[target])
     return LoadReport(match.missing, match.unexpected)
 
 
@@ -342,8 +362,14 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def save_weights(slots: Mapping[str, Any], folder: str | os.PathLike, max_shard_size: int | str = "50GB") -> None:
-    """Writes ``{name: slot}`` as safetensors, in shards with an index where they pass ``max_shard_size``.
+def save_weights(
+    slots: Mapping[str, Any],
+    folder: str | os.PathLike,
+    max_shard_size: int | str = "50GB",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes ``{name: slot}`` as safetensors, in shards with an index where they pass ``max_shard_size``; each file has
+    the ``metadata``.
 
     Everything is written under temporary names and renamed at the end; weight files of an earlier save are removed.
     """
@@ -359,7 +385,7 @@ def save_weights(slots: Mapping[str, Any], folder: str | os.PathLike, max_shard_
             temporary = folder / f".{file_name}.{os.getpid()}.tmp"
             written.append((temporary, folder / file_name))
             entries = [(name, slots[name].dtype, slots[name].shape) for name in members]
-            write_safetensors(temporary, entries, lambda name: slots[name].read())
+            write_safetensors(temporary, entries, lambda name: slots[name].read(), metadata or {})
         if count > 1:
             temporary = folder / f".{INDEX}.{os.getpid()}.tmp"
             written.append((temporary, folder / INDEX))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alula.commands import CommandError
+from alula.commands.loading import add_quantization_arguments, quantization_options
 from alula.commands.output import Clock, Printer, Speed, report_of
 
 __all__ = ["DTYPES", "add_arguments", "decode_input", "model_folder", "run"]
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", nargs="?", metavar="PROMPT", help="text to continue; without it, or as -, standard input is read")
     add("--model", metavar="PATH", help="folder in Hugging Face format (default: the small model inside alula)")
     add("--dtype", choices=DTYPES, default="auto", metavar="DTYPE", help="auto (as stored), float32, bfloat16, float16")
+    add_quantization_arguments(parser)
     add("--max-new-tokens", type=int, metavar="N", help="at most this many (default: the model's, else 128)")
     add("--temperature", type=float, metavar="T", help="sample at this temperature; 0 takes the most likely token")
     add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 is off")
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     AutoConfig.from_pretrained(folder)  # a folder that is no model is named as such, before its tokenizer is
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[args.dtype])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[args.dtype], **quantization_options(args))
     config = getattr(model, "generation_config", None)
     if config is None:
         config = model.generation_config = GenerationConfig.from_pretrained(folder, model.config)

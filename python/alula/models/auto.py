@@ -39,6 +39,7 @@ __all__ = [
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "class_of",
 ]
 
 
@@ -69,6 +70,18 @@ class _AutoClass:
         """Loads a folder into the class of its ``model_type``; see :meth:`PreTrainedModel.from_pretrained`."""
         config = kwargs.get("config")
         return cls._class_for(config or AutoConfig.from_pretrained(path)).from_pretrained(path, **kwargs)
+
+
+def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that a checkpoint was saved from, by its ``architectures``; else its language model."""
+    from alula import models
+
+    for name in config.architectures or ():
+        cls = getattr(models, name, None)
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and issubclass(cls.config_class, type(config)):
+            return cls
+    auto = AutoModelForMaskedLM if config.model_type in AutoModelForMaskedLM.classes else AutoModelForCausalLM
+    return auto._class_for(config)
 
 
 class AutoModel(_AutoClass):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from alula.cache import KVCache
 from alula.config import PretrainedConfig, parse_dtype
 from alula.models.heads import LMHead
-from alula.models.layers import Embedding, Linear, Module
+from alula.models.layers import DENSE, Embedding, Linear, Module
+from alula.models.quantizing import Quantizable, StoredMatrices, stored_quantization
+from alula.quantization import QuantizationConfig
 from alula.weights import Checkpoint, StateDictSource, TensorSource, check_dtype, load_weights, save_weights
 
 __all__ = ["PreTrainedModel"]
@@ -32,7 +34,7 @@ def _check_device(device: torch.device | str | None) -> None:
         raise ValueError(f"device {str(device)!r} is not supported by this build; accepted: cpu")
 
 
-class PreTrainedModel(Module):
+class PreTrainedModel(Quantizable, Module):
     """Base of the model classes. Always in evaluation mode when made; dropout is never applied.
 
     Subclasses set ``config_class``, ``ignored_tensors`` (a pattern of buffers that old checkpoints carry, without the
@@ -70,6 +72,10 @@ class PreTrainedModel(Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        quantize: str | None = None,
+        group_size: int | None = None,
+        keep: str | Sequence[str] = (),
+        activations: str | None = None,
         **overrides: Any,
     ) -> PreTrainedModel:
         """Loads a Hugging Face-format folder: config.json and safetensors (single or sharded) or pytorch_model.bin.
@@ -80,9 +86,14 @@ class PreTrainedModel(Module):
             dtype: float32, bfloat16, float16 or their names; None or "auto": the checkpoint's. ``torch_dtype`` is its
                 older name.
             device: "cpu".
+            quantize: "int8", "int4", "int4_asymmetric" or "nf4": matrices are quantized one by one as they are read,
+                with ``group_size`` and all but those that ``keep`` names, see :meth:`quantize`.
+            activations: "int8" (the default of quantized matrices) or "full", see :meth:`quantize`; of a folder that is
+                quantized already, in place of what it says.
             **overrides: values of the configuration to replace, such as ``num_labels=3``.
 
         The weights are packed one by one out of a memory map: the process grows by little more than the packed model.
+        The matrices of a folder that alula quantized stay in the map.
         Raises FileNotFoundError for a missing file and ValueError for anything in it that does not fit, naming file
         and tensor.
         """
@@ -98,10 +109,24 @@ class PreTrainedModel(Module):
         elif overrides:
             raise TypeError(f"from_pretrained got a config and also values for it: {', '.join(overrides)}")
         checkpoint = Checkpoint(path)
+        stored = stored_quantization(config, checkpoint)
+        quantization = QuantizationConfig.of_arguments(stored, quantize, group_size, keep, activations, path)
         dtype = dtype or check_dtype(checkpoint.dtype(), f"{path}: weights of dtype")
         model = cls(config, dtype=dtype, init_weights=False)
-        source = model.checkpoint_view(checkpoint)
-        missing = load_weights(model, source, dtype, optional=model.optional_prefixes()).missing
+        source: TensorSource = checkpoint
+        if quantization is not None:
+            model._set_formats(quantization, is_stored=stored is not None)
+        loaded: set[str] = set()
+        if stored is not None:
+            source = packed = StoredMatrices(model, checkpoint, stored)
+            loaded = packed.loaded
+        source = model.checkpoint_view(source)
+        missing = load_weights(model, source, dtype, optional=model.optional_prefixes(), loaded=loaded).missing
+        if stored is not None:
+            packed.load(dtype)
+            if packed.unexpected:
+                unused = ", ".join(packed.unexpected)
+                warnings.warn(f"{path}: tensors not used by {cls.__name__}: {unused}", stacklevel=2)
         if missing:
             warnings.warn(f"{path} lacks {', '.join(missing)}: initialised at random", stacklevel=2)
             model.init_weights(missing)
@@ -137,13 +162,17 @@ class PreTrainedModel(Module):
     def save_pretrained(self, folder: str | os.PathLike, max_shard_size: int | str = "50GB") -> None:
         """Writes config.json and safetensors that Hugging Face transformers loads back with equal bits.
 
+        A quantized model is written as it is, and only alula reads that; ``model.dequantize()`` first for transformers.
         ``max_shard_size``: bytes or a text such as "5GB"; beyond it the weights go into shards with an index. Files are
         written under temporary names and renamed once complete.
         """
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
-        save_weights(self.weight_slots(), folder, max_shard_size)
+        slots, metadata = self._stored_slots()
+        save_weights(slots, folder, max_shard_size, metadata)
+        if not self.is_quantized:
+            self._forget_quantization()
         self.config.architectures = [type(self).__name__]
         self.config.dtype = self.dtype
         self.config.save_pretrained(folder)
@@ -217,6 +246,7 @@ class PreTrainedModel(Module):
         """Takes a table [V, E], or a module with such a weight. A tied output projection follows."""
         table = self._as_table(value)
         embedding = Embedding(*table.shape, self.dtype)
+        embedding.format = self.get_input_embeddings().format
         embedding.write("weight", table)
         self._replace_input_embeddings(embedding)
 
@@ -246,6 +276,7 @@ class PreTrainedModel(Module):
             raise ValueError(f"output embeddings have {table.shape[0]} rows, the vocabulary {self.config.vocab_size}")
         bias = getattr(value, "bias", None) if isinstance(value, nn.Module) else None
         head = self.get_output_embeddings().with_vocabulary(table.shape[0])
+        head.format = self.get_output_embeddings().weight_format
         head.write("weight", table)
         if "bias" in head.shapes:
             bias = self.get_output_embeddings().read("bias") if bias is None else bias.detach().to(self.dtype)
@@ -277,6 +308,11 @@ class PreTrainedModel(Module):
         if pad_to_multiple_of is not None:
             count = -(-count // pad_to_multiple_of) * pad_to_multiple_of
         if count != old:
+            if any(layer is not None and layer.format != DENSE for layer in self._tables()):
+                raise ValueError(
+                    "the vocabulary of a model with quantized embeddings cannot change; change it before that, or "
+                    "quantize with keep=['embeddings', 'lm_head']"
+                )
             head = self.get_output_embeddings()
             own_head = None
             if isinstance(head, LMHead) and not head.is_tied:
@@ -285,6 +321,9 @@ class PreTrainedModel(Module):
             if own_head is not None:
                 self._place_output_embeddings(own_head)
         return self.get_input_embeddings()
+
+    def _tables(self) -> tuple[Embedding, Linear | None]:
+        return self.get_input_embeddings(), self.get_output_embeddings()
 
     def _resized_head(self, head: LMHead, count: int, mean_resizing: bool, tied_to: Embedding | None = None) -> LMHead:
         resized = head.with_vocabulary(count, tied_to)
@@ -312,6 +351,11 @@ class PreTrainedModel(Module):
         """RuntimeError where a gradient would silently be missing: training mode with gradients on, or an input that
         requires one."""
         if torch.is_grad_enabled():
+            if self.training and self.is_quantized:
+                raise RuntimeError(
+                    "a quantized model cannot be trained: its weights are integers. Call model.eval(), or run under "
+                    "torch.no_grad()"
+                )
             if self.training:
                 raise RuntimeError(
                     "alula cannot train yet: the model is in training mode and gradients are enabled. Call "

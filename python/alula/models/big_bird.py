@@ -25,7 +25,7 @@ from alula.models.big_bird_blocks import (
     layer_norm_op,
     run_post_norm_blocks,
 )
-from alula.models.blocks import BlockShape, embedding_op, linear_op
+from alula.models.blocks import BlockShape, embedding_op, product
 from alula.models.cross_attention import CrossAttention, make_cross_key_values
 from alula.models.decoder import see_from_padding
 from alula.models.inputs import InputChecks, out_of_range
@@ -113,13 +113,13 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
             tables, layers = self.embeddings, self.encoder.layer
             bound.blocks = [layer.bind() for layer in layers]
             bound.cross = [layer.bind_cross() for layer in layers] if self.config.add_cross_attention else None
-            bound.table = tables.word_embeddings.stored("weight").data
+            bound.table = tables.word_embeddings.stored("weight")
             bound.position_table = tables.position_embeddings.stored("weight")
             bound.type_table = tables.token_type_embeddings.stored("weight")
             bound.norm = (tables.LayerNorm.stored("weight"), tables.LayerNorm.stored("bias"), tables.LayerNorm.eps)
             bound.pooler = None
             if self.pooler is not None:
-                bound.pooler = (self.pooler.stored("weight").data, self.pooler.stored("bias"))
+                bound.pooler = (self.pooler.stored("weight"), self.pooler.stored("bias"))
             bound.stamp = VERSION.count
         return bound
 
@@ -223,10 +223,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
         """``tanh(pooler(x))`` of the first tokens, [B, E]; None without a pooler."""
         if self.pooler is None:
             return None
-        weight, bias = self._bound.pooler
-        return linear_op(
-            run.first_tokens(), weight, self._shape.width, bias, None, None, 0.0, ACTIVATIONS["tanh"], None
-        )
+        return product(run.first_tokens(), *self._bound.pooler, activation=ACTIVATIONS["tanh"])
 
     def _chooses_blocks(self, tokens: int, cache: KVCache | None, use_cache: bool | None, has_plan: bool) -> bool:
         """Whether this pass is block-sparse."""
@@ -275,7 +272,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
         if embeds is None:
             x = embedding_op(
                 input_ids,
-                bound.table,
+                bound.table.data,
                 config.vocab_size,
                 config.hidden_size,
                 position_ids,
@@ -283,6 +280,8 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
                 token_type_ids,
                 bound.type_table,
                 self._word_scale,
+                bound.table.code,
+                bound.table.value_dtype,
             )
         else:
             x = embeds.float() * self._word_scale + bound.position_table[position_ids].float()

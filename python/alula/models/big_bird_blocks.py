@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from alula.config import BigBirdConfig
-from alula.models.blocks import BlockShape, linear_op, qkv_op
+from alula.models.blocks import BlockShape, product, qkv_op
 from alula.models.cross_attention import CrossWeights
 from alula.models.layers import Embedding, LayerNorm, Linear, Module, ModuleList, PositionTable, merge_rows
+from alula.ops import PackedWeight
 
 __all__ = ["Attend", "BigBirdEmbeddings", "BigBirdEncoder", "BigBirdLayer", "PostNormWeights", "run_post_norm_blocks"]
 
@@ -29,15 +30,15 @@ LARGE, PART = 32 << 20, 8 << 20
 class PostNormWeights(NamedTuple):
     """The tensors of one block, in the order :func:`run_post_norm_blocks` takes them."""
 
-    qkv_weight: Tensor  # packed [3 E, E]: q, k, v
+    qkv_weight: PackedWeight  # [3 E, E]: q, k, v
     qkv_bias: Tensor | None
-    out_weight: Tensor  # packed [E, E]
+    out_weight: PackedWeight  # [E, E]
     out_bias: Tensor
     norm1_weight: Tensor  # [E]
     norm1_bias: Tensor
-    fc_weight: Tensor  # packed [F, E]
+    fc_weight: PackedWeight  # [F, E]
     fc_bias: Tensor
-    proj_weight: Tensor  # packed [E, F]
+    proj_weight: PackedWeight  # [E, F]
     proj_bias: Tensor
     norm2_weight: Tensor  # [E]
     norm2_bias: Tensor
@@ -64,7 +65,7 @@ class BigBirdOutput(Module):
         self.dense = Linear(in_features, config.hidden_size, dtype)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype)
 
-    def bind(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def bind(self) -> tuple[PackedWeight, Tensor | None, Tensor, Tensor]:
         """Weight and bias of both."""
         norm = self.LayerNorm
         return *stored(self.dense), norm.stored("weight"), norm.stored("bias")
@@ -97,11 +98,19 @@ class BigBirdLayer(Module):
         self.intermediate = BigBirdIntermediate(config, dtype)
         self.output = BigBirdOutput(config.intermediate_size, config, dtype)
 
+    def merged_layers(self) -> list[tuple[int, tuple[Linear, ...]]]:
+        """Matrices that are stored as one, below each other (0)."""
+        own = self.attention.self
+        groups = [(0, (own.query, own.key, own.value))]
+        if hasattr(self, "crossattention"):
+            groups.append((0, (self.crossattention.self.key, self.crossattention.self.value)))
+        return groups
+
     def bind(self) -> PostNormWeights:
         own = self.attention.self
         cross = getattr(self, "crossattention", None)
         return PostNormWeights(
-            merge_rows(own.query, own.key, own.value).data,
+            merge_rows(own.query, own.key, own.value),
             joined_bias(own.query, own.key, own.value),
             *self.attention.output.bind(),
             *stored(self.intermediate.dense),
@@ -116,7 +125,7 @@ class BigBirdLayer(Module):
             None,
             None,
             *stored(own.query),
-            merge_rows(own.key, own.value).data,
+            merge_rows(own.key, own.value),
             joined_bias(own.key, own.value),
             *stored(output.dense),
         )
@@ -140,9 +149,9 @@ class BigBirdEncoder(Module):
         self.layer = ModuleList([BigBirdLayer(config, dtype) for _ in range(config.num_hidden_layers)])
 
 
-def stored(layer: Linear) -> tuple[Tensor, Tensor | None]:
+def stored(layer: Linear) -> tuple[PackedWeight, Tensor | None]:
     """The packed weight and the bias of a matrix that is part of no other."""
-    return layer.stored("weight").data, layer.stored_bias()
+    return layer.stored("weight"), layer.stored_bias()
 
 
 def joined_bias(*layers: Linear) -> Tensor | None:
@@ -194,18 +203,31 @@ def run_post_norm_blocks(
     for layer, block in enumerate(blocks):
         qkv_w, qkv_b, out_w, out_b, n1w, n1b, fc_w, fc_b, proj_w, proj_b, n2w, n2b, ncw, ncb = block
         kv = kv_layers[layer]
-        q = qkv_op(x, qkv_w, qkv_b, None, None, eps, heads, heads, head_dim, kv, positions)
+        q = qkv_op(
+            x,
+            qkv_w.data,
+            qkv_b,
+            None,
+            None,
+            eps,
+            heads,
+            heads,
+            head_dim,
+            kv,
+            positions,
+            format=qkv_w.code,
+        )
         if attentions is not None:
             attentions.append(attend.probabilities(layer, q, kv))
-        y = linear_op(attend(layer, q, kv), out_w, width, out_b, None, None, eps, 0, x)
+        y = product(attend(layer, q, kv), out_w, out_b, residual=x)
         x = layer_norm_op(y, n1w, n1b, eps, None)
         if cross is not None:
             x = layer_norm_op(cross(layer, x), ncw, ncb, eps, None)
         rows = x.view(-1, width)
         parts = []
         for part in rows.split(step):
-            y = linear_op(part, fc_w, mlp_width, fc_b, None, None, eps, activation, None)
-            y = linear_op(y, proj_w, width, proj_b, None, None, eps, 0, part)
+            y = product(part, fc_w, fc_b, activation=activation)
+            y = product(y, proj_w, proj_b, residual=part)
             parts.append(layer_norm_op(y, n2w, n2b, eps, None))
         x = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
         if hidden_states is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from alula.config import BigBirdConfig
 from alula.models.big_bird import BigBirdWithHead
 from alula.models.big_bird_blocks import BigBirdIntermediate, BigBirdOutput, layer_norm_op, stored
-from alula.models.blocks import linear_op
+from alula.models.blocks import product
 from alula.models.heads import choice_loss, sequence_classification_loss, span_loss, token_classification_loss
 from alula.models.layers import Linear, Module
 from alula.ops import ACTIVATIONS
@@ -44,8 +44,7 @@ class BigBirdClassificationHead(Module):
         self._activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = stored(self.dense)
-        return self.out_proj(linear_op(x, weight, x.shape[-1], bias, None, None, 0.0, self._activation, None))
+        return self.out_proj(product(x, *stored(self.dense), activation=self._activation))
 
 
 class BigBirdForSequenceClassification(BigBirdWithHead):
@@ -194,11 +193,9 @@ class BigBirdQuestionAnsweringHead(Module):
         self._activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight, bias = stored(self.intermediate.dense)
-        inner = self.intermediate.dense.out_features
-        x = linear_op(hidden, weight, inner, bias, None, None, 0.0, self._activation, None)
+        x = product(hidden, *stored(self.intermediate.dense), activation=self._activation)
         weight, bias, norm_weight, norm_bias = self.output.bind()
-        x = linear_op(x, weight, hidden.shape[-1], bias, None, None, 0.0, 0, hidden)
+        x = product(x, weight, bias, residual=hidden)
         return self.qa_outputs(layer_norm_op(x, norm_weight, norm_bias, self.output.LayerNorm.eps, None))
 
 

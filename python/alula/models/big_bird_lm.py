@@ -15,7 +15,7 @@ from alula.config import BigBirdConfig
 from alula.generation import GenerationMixin
 from alula.models.big_bird import BigBirdWithHead
 from alula.models.big_bird_blocks import layer_norm_op
-from alula.models.blocks import linear_op
+from alula.models.blocks import product
 from alula.models.heads import LMHead, causal_lm_loss, choice_loss, select_positions, token_classification_loss
 from alula.models.layers import Embedding, LayerNorm, Linear, Module, WeightModule
 from alula.ops import ACTIVATIONS
@@ -46,17 +46,7 @@ class BigBirdTransform(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dense = self.dense
-        x = linear_op(
-            x,
-            dense.stored("weight").data,
-            dense.out_features,
-            dense.stored_bias(),
-            None,
-            None,
-            0.0,
-            self._activation,
-            None,
-        )
+        x = product(x, dense.stored("weight"), dense.stored_bias(), activation=self._activation)
         norm = self.LayerNorm
         return layer_norm_op(x, norm.stored("weight"), norm.stored("bias"), norm.eps, None)
 
@@ -73,9 +63,7 @@ class BigBirdPredictions(WeightModule):
     def forward(self, hidden: Tensor) -> Tensor:
         decoder = self.decoder
         bias = self.stored("bias") if decoder.is_tied else decoder.stored("bias")
-        weight = decoder.stored("weight")
-        x = self.transform(hidden)
-        return linear_op(x, weight.data, weight.out_features, bias, None, None, 0.0, 0, None)
+        return product(self.transform(hidden), decoder.stored("weight"), bias)
 
     def resize_bias(self, bias: Tensor) -> None:
         """Takes a bias of another length."""
@@ -133,6 +121,7 @@ class BigBirdLanguageModel(BigBirdWithHead):
                 f"{self.config.vocab_size}"
             )
         head = BigBirdDecoder(table.shape[1], len(table), self.dtype)
+        head.format = predictions.decoder.weight_format
         head.write("weight", table)
         head.write("bias", bias)
         predictions.write("bias", bias)

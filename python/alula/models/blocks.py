@@ -27,6 +27,7 @@ __all__ = [
     "attention_probabilities",
     "bind",
     "bind_parallel_block",
+    "product",
     "run_blocks",
     "run_parallel_blocks",
 ]
@@ -60,15 +61,15 @@ class BlockWeights(NamedTuple):
 
     norm1_weight: Tensor  # [E]
     norm1_bias: Tensor
-    qkv_weight: Tensor  # packed [(H + 2 G) D, E]
+    qkv_weight: PackedWeight  # [(H + 2 G) D, E]
     qkv_bias: Tensor
-    out_weight: Tensor  # packed [E, H D]
+    out_weight: PackedWeight  # [E, H D]
     out_bias: Tensor
     norm2_weight: Tensor  # [E]
     norm2_bias: Tensor
-    fc_weight: Tensor  # packed [F, E]
+    fc_weight: PackedWeight  # [F, E]
     fc_bias: Tensor
-    proj_weight: Tensor  # packed [E, F]
+    proj_weight: PackedWeight  # [E, F]
     proj_bias: Tensor
 
 
@@ -77,9 +78,9 @@ class ParallelBlockWeights(NamedTuple):
 
     norm_weight: Tensor  # [E]
     norm_bias: Tensor
-    in_weight: Tensor  # packed [3 E + F, E]: q, k, v, MLP in
+    in_weight: PackedWeight  # [3 E + F, E]: q, k, v, MLP in
     in_bias: Tensor
-    out_weight: Tensor  # packed [E, E + F]: attention output beside MLP out
+    out_weight: PackedWeight  # [E, E + F]: attention output beside MLP out
     out_bias: Tensor
 
 
@@ -116,13 +117,34 @@ class BlockStack(Sequence[T]):
         return BlockStack, (self._blocks, self._shape)  # a copy binds its own tensors
 
 
-def bind(*modules: LayerNorm | Linear) -> list[Tensor]:
+def product(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    activation: int = 0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """:func:`alula.ops.linear` without its checks in Python; ``activation`` is a value of ``ACTIVATIONS``."""
+    return linear_op(
+        x,
+        weight.data,
+        weight.out_features,
+        bias,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        activation,
+        residual,
+        weight.code,
+    )
+
+
+def bind(*modules: LayerNorm | Linear) -> list[Tensor | PackedWeight]:
     """The stored weight and bias of each module in turn."""
-    tensors: list[Tensor] = []
-    for module in modules:
-        weight = module.stored("weight")
-        tensors += [weight.data if isinstance(weight, PackedWeight) else weight, module.stored("bias")]
-    return tensors
+    return [module.stored(name) for module in modules for name in ("weight", "bias")]
 
 
 def bind_parallel_block(
@@ -134,7 +156,7 @@ def bind_parallel_block(
     """
     merged_in, merged_out = merge_rows(qkv, fc_in), merge_columns(out, fc_out)
     in_bias = torch.cat([_bias(qkv), _bias(fc_in)])
-    return ParallelBlockWeights(*bind(norm), merged_in.data, in_bias, merged_out.data, _bias(out) + _bias(fc_out))
+    return ParallelBlockWeights(*bind(norm), merged_in, in_bias, merged_out, _bias(out) + _bias(fc_out))
 
 
 def _bias(layer: Linear) -> Tensor:
@@ -176,21 +198,34 @@ def run_blocks(
     """
     if padding_positions is None and observe is None and cross is None:
         return blocks.run(x, kv_layers, positions, lengths, mask=mask, head_masks=head_masks or (), causal=causal)
-    heads, kv_heads, head_dim, width, mlp_width, scales, eps, activation = shape
+    heads, kv_heads, head_dim, _, _, scales, eps, activation = shape
     for layer, (n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc_w, fc_b, proj_w, proj_b) in enumerate(blocks):
         kv = kv_layers[layer]
-        q = qkv_op(x, qkv_w, qkv_b, n1w, n1b, eps, heads, kv_heads, head_dim, kv, positions)
+        q = qkv_op(
+            x,
+            qkv_w.data,
+            qkv_b,
+            n1w,
+            n1b,
+            eps,
+            heads,
+            kv_heads,
+            head_dim,
+            kv,
+            positions,
+            format=qkv_w.code,
+        )
         if observe is not None:
             observe(layer, x, q)
         head_mask = None if head_masks is None else head_masks[layer]
         y = attention_op(q, kv, positions, lengths, mask, head_mask, scales[layer], causal)
         if padding_positions is not None:
             y += attention_op(q, kv, padding_positions, lengths, mask, head_mask, scales[layer], causal)
-        x = linear_op(y, out_w, width, out_b, None, None, eps, 0, x)
+        x = product(y, out_w, out_b, residual=x)
         if cross is not None:
             x = cross(layer, x)
-        y = linear_op(x, fc_w, mlp_width, fc_b, n2w, n2b, eps, activation, None)
-        x = linear_op(y, proj_w, width, proj_b, None, None, eps, 0, x)
+        y = product(x, fc_w, fc_b, n2w, n2b, eps, activation)
+        x = product(y, proj_w, proj_b, residual=x)
     return x
 
 
@@ -236,7 +271,7 @@ def run_parallel_blocks(
         kv = kv_layers[layer]
         q = qkv_op(
             x,
-            in_w,
+            in_w.data,
             in_b,
             nw,
             nb,
@@ -250,6 +285,7 @@ def run_parallel_blocks(
             rotary_positions,
             mlp,
             activation,
+            in_w.code,
         )
         if observe is not None:
             observe(layer, x, q)
@@ -257,7 +293,7 @@ def run_parallel_blocks(
         attention_into_op(q, kv, positions, lengths, mask, head_mask, scales[layer], causal, attended)
         if padding_positions is not None:
             attended += attention_op(q, kv, padding_positions, lengths, mask, head_mask, scales[layer], causal)
-        x = linear_op(inner, out_w, width, out_b, None, None, eps, 0, x)
+        x = product(inner, out_w, out_b, residual=x)
     return x
 
 

@@ -74,6 +74,11 @@ class CodeGenBlock(Module):
         self.attn = CodeGenAttention(config, dtype)
         self.mlp = CodeGenMLP(config, dtype)
 
+    def merged_layers(self) -> list[tuple[int, tuple[Linear, ...]]]:
+        """Matrices that are stored as one, below (0) or beside (1) each other."""
+        attn, mlp = self.attn, self.mlp
+        return [(0, (attn.qkv_proj, mlp.fc_in)), (1, (attn.out_proj, mlp.fc_out))]
+
     def bind(self) -> ParallelBlockWeights:
         attn, mlp = self.attn, self.mlp
         return bind_parallel_block(self.ln_1, attn.qkv_proj, mlp.fc_in, attn.out_proj, mlp.fc_out)

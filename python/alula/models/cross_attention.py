@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from alula.cache import CrossKeyValues
-from alula.models.blocks import BlockShape, attention_op, attention_probabilities, linear_op
+from alula.models.blocks import BlockShape, attention_op, attention_probabilities, product
+from alula.ops import PackedWeight
 
 __all__ = ["CrossAttention", "CrossWeights", "make_cross_key_values"]
 
@@ -25,11 +26,11 @@ class CrossWeights(NamedTuple):
 
     norm_weight: Tensor  # [E]
     norm_bias: Tensor
-    query_weight: Tensor  # packed [E, E]
+    query_weight: PackedWeight  # [E, E]
     query_bias: Tensor
-    key_value_weight: Tensor  # packed [2 E, E], keys first
+    key_value_weight: PackedWeight  # [2 E, E], keys first
     key_value_bias: Tensor
-    out_weight: Tensor  # packed [E, E]
+    out_weight: PackedWeight  # [E, E]
     out_bias: Tensor
 
 
@@ -49,9 +50,7 @@ def make_cross_key_values(
     with torch.inference_mode(False), torch.no_grad():
         states = states.clone() if states.is_inference() else states
         for block in blocks:
-            merged = linear_op(
-                states, block.key_value_weight, 2 * width, block.key_value_bias, None, None, 0.0, 0, None
-            )
+            merged = product(states, block.key_value_weight, block.key_value_bias)
             heads = merged.view(batch, -1, 2, shape.num_heads, shape.head_dim).permute(0, 3, 1, 2, 4)
             layers.append(heads.flatten(3).contiguous())
         return CrossKeyValues(layers, lengths.clone(), None if real is None else real.clone())
@@ -90,9 +89,9 @@ class CrossAttention:
         """x + cross-attention of the normed x, [B, T, E]."""
         norm_w, norm_b, query_w, query_b, _, _, out_w, out_b = self._blocks[layer]
         shape, kv, lengths = self._shape, self._encoded.layers[layer], self._encoded.lengths
-        width, eps, scale = shape.width, shape.norm_eps, shape.scales[layer]
+        scale = shape.scales[layer]
         head_mask = None if self._head_masks is None else self._head_masks[layer]
-        q = linear_op(x, query_w, width, query_b, norm_w, norm_b, eps, 0, None).view(self._query_shape)
+        q = product(x, query_w, query_b, norm_w, norm_b, shape.norm_eps).view(self._query_shape)
         if self._probabilities is not None:
             self._probabilities.append(
                 attention_probabilities(
@@ -110,4 +109,4 @@ class CrossAttention:
         y = attention_op(q, kv, self._tokens, lengths, self._mask, head_mask, scale, False)
         if self._padding is not None:
             y += attention_op(q, kv, self._padding, lengths, self._mask, head_mask, scale, False)
-        return linear_op(y, out_w, width, out_b, None, None, eps, 0, x)
+        return product(y, out_w, out_b, residual=x)

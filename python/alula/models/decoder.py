@@ -146,7 +146,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
         bound = self._bound
         if bound.stamp != VERSION.count:
             bound.blocks = BlockStack([block.bind() for block in self.h], self._shape)
-            bound.table = self.wte.stored("weight").data
+            bound.table = self.wte.stored("weight")
             bound.vocab_size = self.wte.num_embeddings
             learned = getattr(self, "wpe", None)
             bound.position_table = None if learned is None else learned.stored("weight")
@@ -227,12 +227,14 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
             if inputs_embeds is None:
                 x = embedding_op(
                     input_ids,
-                    bound.table,
+                    bound.table.data,
                     bound.vocab_size,
                     shape.width,
                     position_ids if bound.position_table is not None else None,
                     bound.position_table,
                     token_type_ids,
+                    format=bound.table.code,
+                    dtype=bound.table.value_dtype,
                 )
             else:
                 x = self._add_embeddings(inputs_embeds, position_ids, token_type_ids)

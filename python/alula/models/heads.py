@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alula.models.blocks import linear_op
-from alula.models.layers import Embedding, Linear
+from alula.models.blocks import product
+from alula.models.layers import Embedding, Linear, WeightFormat
 from alula.ops import PackedWeight
 
 __all__ = [
@@ -49,6 +49,10 @@ class LMHead(Linear):
     def is_tied(self) -> bool:
         return bool(self._source)
 
+    @property
+    def weight_format(self) -> WeightFormat:
+        return self._source[0].format if self._source else self.format
+
     def stored(self, name: str) -> PackedWeight:
         return self._source[0].stored(name) if self._source and name == "weight" else super().stored(name)
 
@@ -77,8 +81,7 @@ class LMHead(Linear):
 
 def normed_linear(x: Tensor, norm: tuple[Tensor, Tensor, float], layer: Linear) -> Tensor:
     """``layer(layer_norm(x))`` in one call; ``norm`` is (weight, bias, eps)."""
-    packed = layer.stored("weight")
-    return linear_op(x, packed.data, packed.out_features, layer.stored_bias(), norm[0], norm[1], norm[2], 0, None)
+    return product(x, layer.stored("weight"), layer.stored_bias(), *norm)
 
 
 def select_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:

@@ -37,8 +37,29 @@ class PackedPart(NamedTuple):
     def nbytes(self) -> int:
         return self.merged.nbytes * self.count // self.merged[1 + self.dim]
 
+    @property
+    def code(self) -> int:
+        return self.merged.code
+
     def unpack(self) -> Tensor:
         return self.merged.unpack().narrow(self.dim, self.first, self.count).contiguous()
+
+    def with_merged(self, **changes: Any) -> PackedPart:
+        return self._replace(merged=self.merged._replace(**changes))
+
+
+class WeightFormat(NamedTuple):
+    """How matrices are stored, as :func:`alula.ops.pack` takes it."""
+
+    format: str = "dense"
+    group_size: int | None = None
+    activations: str = "int8"
+
+    def pack(self, value: Tensor) -> PackedWeight:
+        return ops.pack(value, self.format, self.group_size, activations=self.activations)
+
+
+DENSE = WeightFormat()
 
 
 class _Version:
@@ -139,6 +160,8 @@ class WeightModule(Module):
         self.shapes = shapes
         self.dtype = dtype
         self._packed_names = packed
+        self.format = DENSE
+        self.error: float | None = None  # relative, of what is quantized, where it is known
         self._data: dict[str, Tensor | PackedWeight | PackedPart] = {}
 
     def stored(self, name: str) -> Tensor | PackedWeight | PackedPart:
@@ -159,15 +182,22 @@ class WeightModule(Module):
             return self.read(name).clone() if name in self._packed_names else self.read(name)
 
     def write(self, name: str, value: Tensor) -> None:
-        """Stores a tensor given in the checkpoint's layout and of this module's shape; its dtype becomes the module's
-        where it is the only one."""
+        """Stores a tensor given in the checkpoint's layout and of this module's shape, a matrix in the module's
+        ``format``; its dtype becomes the module's where it is the only one."""
         if tuple(value.shape) != self.shapes[name]:
             raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(self.shapes[name])}")
         check_dtype(value.dtype, f"{name}: dtype")
         with torch.inference_mode(False), torch.no_grad():
             value = self._from_checkpoint(value.detach())
-            self._data[name] = ops.pack(value) if name in self._packed_names else value.clone().contiguous()
-        object.__setattr__(self, "dtype", value.dtype)
+            self.store(name, self.format.pack(value) if name in self._packed_names else value.clone().contiguous())
+
+    def store(self, name: str, stored: Tensor | PackedWeight | PackedPart) -> None:
+        """Takes a tensor as the kernels read it."""
+        self._data[name] = stored
+        if name in self._packed_names:
+            self.error = None
+        dtype = stored.merged.dtype if isinstance(stored, PackedPart) else stored.dtype
+        object.__setattr__(self, "dtype", dtype)
         VERSION.count += 1
 
     def _to_checkpoint(self, value: Tensor) -> Tensor:
@@ -216,8 +246,13 @@ class WeightModule(Module):
             raise ValueError(f"device {probe.device} is not supported by this build; accepted: cpu")
         if probe.dtype != self.dtype:
             check_dtype(probe.dtype)
-            for name in list(self._data):
-                self.write(name, self.read(name).to(probe.dtype))
+            for name, stored in list(self._data.items()):
+                if isinstance(stored, Tensor) or not stored.code:
+                    self.write(name, self.read(name).to(probe.dtype))
+                elif isinstance(stored, PackedPart):
+                    self.store(name, stored.with_merged(value_dtype=probe.dtype))
+                else:  # what is quantized stays as it is
+                    self.store(name, stored._replace(value_dtype=probe.dtype))
             object.__setattr__(self, "dtype", probe.dtype)
         return self
 
@@ -303,10 +338,20 @@ def _merge(dim: int, layers: Sequence[Linear]) -> PackedWeight:
         if is_whole and all(part.merged.data is merged.data for part in parts):
             return merged
     with torch.inference_mode(False), torch.no_grad():
-        merged = ops.pack(torch.cat([part.unpack() for part in parts], dim))
-    for layer, start, size in zip(layers, starts, sizes, strict=True):
-        layer._data["weight"] = PackedPart(merged, dim, start, size)
+        merged = layers[0].format.pack(torch.cat([part.unpack() for part in parts], dim))
+    share_merged(merged, dim, layers)
     return merged
+
+
+def share_merged(merged: PackedWeight, dim: int, layers: Sequence[Linear]) -> None:
+    """Gives each layer its range of a merged weight, of its rows (dim 0) or columns (1)."""
+    start = 0
+    for layer in layers:
+        size = (layer.out_features, layer.in_features)[dim]
+        layer._data["weight"] = PackedPart(merged, dim, start, size)
+        layer.error = None
+        object.__setattr__(layer, "dtype", merged.dtype)
+        start += size
 
 
 class Conv1D(Linear):

@@ -13,6 +13,7 @@ import mmap
 import operator
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ class PackedStack:
         with torch.inference_mode(False), torch.no_grad():
             for index in stale:
                 pairs = zip(self._pack_block(modules[index], counterparts[index]), blocks[index], strict=True)
-                moved = ((there.copy_(new) if _is_matrix(new) else new) for new, there in pairs)
+                moved = (_move(new, there) for new, there in pairs)
                 blocks[index] = type(blocks[index])(*moved)
         self.blocks = _bound(blocks, self.shape)
         self.watch(module)
@@ -158,11 +159,12 @@ class PackedStack:
     @property
     def nbytes(self) -> int:
         """Bytes of the copies: what is shared with the module is not counted."""
-        return sum(tensor.nbytes for block in self.blocks for tensor in block if _is_matrix(tensor))
+        return sum(tensor.nbytes for block in self.blocks for tensor in block if isinstance(tensor, ops.PackedWeight))
 
 
-def _is_matrix(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dim() > 1
+def _move(new: Any, there: Any) -> Any:
+    """A matrix in the memory of the one before it; anything else as it is."""
+    return there._replace(data=there.data.copy_(new.data)) if isinstance(new, ops.PackedWeight) else new
 
 
 class _Memory:
@@ -172,8 +174,8 @@ class _Memory:
     model has left behind, in small pages (a step through CodeGen-350M's blocks in bf16 took a tenth longer there).
     """
 
-    def __init__(self, first: tuple[Tensor | None, ...], blocks: int) -> None:
-        total = blocks * sum(self._size(tensor) for tensor in first if _is_matrix(tensor))
+    def __init__(self, first: tuple[Any, ...], blocks: int) -> None:
+        total = blocks * sum(self._size(tensor) for tensor in first if isinstance(tensor, ops.PackedWeight))
         self._bytes = torch.empty(total, dtype=torch.uint8)
         self._used = 0
         begin = -(-self._bytes.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
@@ -182,16 +184,16 @@ class _Memory:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
 
     @staticmethod
-    def _size(tensor: Tensor) -> int:
-        return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    def _size(weight: ops.PackedWeight) -> int:
+        return -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
 
-    def take(self, tensor: Tensor | None) -> Tensor | None:
+    def take(self, tensor: Any) -> Any:
         """A matrix moved here; anything else as it is."""
-        if not _is_matrix(tensor):
+        if not isinstance(tensor, ops.PackedWeight):
             return tensor
-        place = self._bytes[self._used : self._used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        place = self._bytes[self._used : self._used + tensor.nbytes].view(tensor.data.dtype).view(tensor.data.shape)
         self._used += self._size(tensor)
-        return place.copy_(tensor)
+        return tensor._replace(data=place.copy_(tensor.data))
 
 
 def _bound(blocks: list[tuple], shape: BlockShape) -> BlockStack | list[tuple]:
