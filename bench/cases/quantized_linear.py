@@ -1,4 +1,4 @@
-"""Cases of `linear` with quantized weights: one row (memory) and many (arithmetic), beside fp32 weights.
+"""Cases of `linear` with quantized weights: one row (memory) and many (arithmetic), beside dense ones.
 
 x holds values that 8-bit activations represent exactly, so that every format is held to the rounding of fp32 sums.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from alula import ops
-from alula.bench.cases.case import Call, Case, Inputs, nbytes, randn
+from alula.bench.cases.case import PEAKS, Call, Case, Inputs, nbytes, randn
 from alula.packed_weight import panel_bytes
 from alula.testing import quantized
 from torch import Tensor
@@ -19,18 +19,18 @@ FORMATS = (("int8", None), ("int4", 32), ("int4", 64), ("int4", 128), ("int4_asy
 def cases(quick: bool) -> list[Case]:
     """rows x K x N: K input features, N output features."""
     if quick:
-        return [_case(format, group_size, rows, 256, 512) for format, group_size in FORMATS for rows in (1, 64)]
+        return [_case(*f, dtype, rows, 256, 512) for f in FORMATS for dtype in PEAKS for rows in (1, 64)]
     one_row = [(1, 8192, 8192), (1, 768, 3072), (1, 3072, 768), (1, 2048, 8192)]
     many = [(128, 768, 3072), (128, 3072, 768), (512, 2048, 8192)]
-    return [_case(format, group_size, *shape) for shape in one_row + many for format, group_size in FORMATS]
+    return [_case(*f, dtype, *shape) for shape in one_row + many for dtype in PEAKS for f in FORMATS]
 
 
-def _case(format: str, group_size: int | None, rows: int, k: int, n: int) -> Case:
+def _case(format: str, group_size: int | None, dtype: torch.dtype, rows: int, k: int, n: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         weight = randn(generator, n, k, dtype=torch.float32, std=k**-0.5)
-        packed = ops.pack(weight, format, group_size)
-        x = quantized.round_activations(randn(generator, rows, k, dtype=torch.float32), packed).float()
-        return {"x": x, "weight": weight}
+        x = torch.randint(-127, 128, (rows, k), generator=generator)
+        x[:, ::32] = 127  # the largest of every block: scales are 1 / 64, and nothing is rounded
+        return {"x": (x / 64).to(dtype), "weight": weight}
 
     def expected(inputs: Inputs, compute_dtype: torch.dtype) -> Tensor:
         weight = quantized.stored_table(ops.pack(inputs["weight"], format, group_size))
@@ -40,8 +40,8 @@ def _case(format: str, group_size: int | None, rows: int, k: int, n: int) -> Cas
         packed = ops.pack(inputs["weight"], format, group_size)
         return lambda: ops.linear(inputs["x"], packed)
 
-    def torch_fp32(inputs: Inputs) -> Call:
-        weight = quantized.stored_table(ops.pack(inputs["weight"], format, group_size)).float()
+    def torch_dense(inputs: Inputs) -> Call:
+        weight = quantized.stored_table(ops.pack(inputs["weight"], format, group_size)).to(dtype)
         return lambda: F.linear(inputs["x"], weight)
 
     groups = f" g{group_size}" if group_size else ""
@@ -51,13 +51,11 @@ def _case(format: str, group_size: int | None, rows: int, k: int, n: int) -> Cas
     return Case(
         op="quantized_linear",
         name=f"{format}{groups} {rows}x{k}x{n}",
-        dtype=torch.float32,
+        dtype=dtype,
         bound="read" if memory else "int8_dot",
-        work=packed_bytes + nbytes(((rows, k), torch.float32), ((rows, n), torch.float32))
-        if memory
-        else 2 * rows * k * n,
+        work=packed_bytes + nbytes(((rows, k), dtype), ((rows, n), dtype)) if memory else 2 * rows * k * n,
         make=make,
         reference=expected,
-        prepare={"alula": alula, "torch fp32": torch_fp32},
+        prepare={"alula": alula, "torch dense": torch_dense},
         bytes_read=packed_bytes,
     )
