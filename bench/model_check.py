@@ -29,7 +29,11 @@ class Verdict:
 
 
 def tolerance(engine: str, dtype: str, bf16_error: float, largest_logit: float) -> float:
-    """The error that is allowed. bf16_error: that of transformers eager in bf16 on the same weights."""
+    """The error that is allowed.
+
+    bf16_error: that of transformers eager in bf16 on the same weights; of quantized weights, what rounding them changes
+    in transformers in fp32.
+    """
     if dtype == "fp32":
         return FP32_TOLERANCE if engine in OURS else PEER_FP32_TOLERANCE
     factor = ALULA_FACTOR if engine in OURS else PEER_FACTOR

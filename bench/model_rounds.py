@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ CHECK_STEPS = 8
 WARMUP_STEPS = 4
 PREFILLS = 2  # of a round
 SETTLE_SECONDS = 0.3  # between engines: until the threads of the one before have gone to sleep
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+QUANTIZED = ("int8", "int4", "nf4")
+# 4-bit codes with an fp16 scale for 64 of them; peers have 32, and read a little more.
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.53125, "nf4": 0.53125}
 ENGINE_OVERHEAD = 700 << 20  # interpreter, torch, activations, cache
-PEAKS = {"fp32": "fp32_fma", "bf16": "bf16_dot"}
+PEAKS = {"fp32": "fp32_fma", "bf16": "bf16_dot", **dict.fromkeys(QUANTIZED, "int8_dot")}
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def plan_groups(names: Sequence[str], config: presets.Config, dtype: str, memory
     parameters = presets.parameters(config)
 
     def need(name: str) -> int:
-        element = 4 if name == "ctranslate2" else ELEMENT_BYTES[dtype]
+        element = 4 if name == "ctranslate2" and dtype not in QUANTIZED else ELEMENT_BYTES[dtype]
         copies = 2 if name == "hf-alula" else 1  # the packed weights beside the plain ones
         return int(1.2 * copies * element * parameters) + ENGINE_OVERHEAD
 
@@ -114,14 +117,23 @@ class Group:
                 scored = self._score(reference, prompts, found["tokens"])
                 bf16_error = max(bf16_error, model_check.max_error(found["logits"], scored))
             self._stop(engine)
+        exact, rounding = reference, 0.0
+        if work.dtype in QUANTIZED:
+            # alula is held to the very values of its weights, peers to what such weights cost alula.
+            exact = self._start("hf-eager", "fp32", label="dequantized", folder=self._dequantized())
+            for prompts in inputs:
+                found = exact.arrays("greedy", prompts=prompts, steps=CHECK_STEPS)
+                scored = self._score(reference, prompts, found["tokens"])
+                rounding = max(rounding, model_check.max_error(found["logits"], scored))
         for name in report.progress(self.names, "loading and checking"):
             try:
                 engine = self._start(name, work.dtype)
                 verdicts = []
                 for prompts, want in zip(inputs, expected, strict=True):
                     found = engine.arrays("greedy", prompts=prompts, steps=CHECK_STEPS)
-                    scored = self._score(reference, prompts, found["tokens"])
-                    allowed = model_check.tolerance(name, work.dtype, bf16_error, float(abs(scored).max()))
+                    scored = self._score(exact if name == "alula" else reference, prompts, found["tokens"])
+                    error = rounding if work.dtype in QUANTIZED else bf16_error
+                    allowed = model_check.tolerance(name, work.dtype, error, float(abs(scored).max()))
                     verdicts.append(
                         model_check.judge(found["logits"], found["tokens"], scored, want["tokens"], allowed)
                     )
@@ -135,6 +147,7 @@ class Group:
                 report.note(f"{name}: wrong, not timed: {verdict.reason}")
                 self._stop(engine)
         self._stop(reference)
+        self._stop(exact)
 
     def time(self, rounds: int) -> None:
         """A warm-up, then rounds: each engine in turn reads the prompts and makes the tokens."""
@@ -242,13 +255,25 @@ class Group:
         sequences = [prompt + tokens[:-1, row].tolist() for row, prompt in enumerate(prompts)]
         return reference.arrays("score", sequences=sequences, last=CHECK_STEPS + 1)["logits"]
 
-    def _start(self, name: str, dtype: str, label: str | None = None) -> Engine:
+    def _dequantized(self) -> Path:
+        """A folder with the values that alula's quantized weights stand for, in fp32."""
+        from alula.models import AutoModelForCausalLM
+
+        folder = self.folder.with_name(f"{self.folder.name}-{self.workload.dtype}-dequantized")
+        if not folder.exists():
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32", quantize=self.workload.dtype)
+            model.dequantize().save_pretrained(unfinished := folder.with_name(folder.name + ".unfinished"))
+            shutil.copyfile(self.folder / "tokenizer.json", unfinished / "tokenizer.json")
+            unfinished.rename(folder)
+        return folder
+
+    def _start(self, name: str, dtype: str, label: str | None = None, folder: Path | None = None) -> Engine:
         python = self.openvino_python if name == "openvino" else None
         engine = Engine(name, self.folder, threads=self.workload.threads, python=python, label=label)
         self._open.append(engine)
         try:
             engine.load(
-                folder=self.folder,
+                folder=folder or self.folder,
                 work=self.folder,
                 dtype=dtype,
                 threads=self.workload.threads,

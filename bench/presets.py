@@ -267,11 +267,12 @@ def parameters(config: Config) -> int:
     return total
 
 
-def step_bytes(config: Config, element_bytes: int, batch: int, context: int) -> int:
-    """Bytes that one decode step must read: every matrix once, and the keys and values of `context` tokens a row."""
+def step_bytes(config: Config, element_bytes: float, batch: int, context: int) -> int:
+    """Bytes that one decode step must read: every matrix once, and the keys and values of `context` tokens a row (of
+    quantized models in 16 bits)."""
     of = family(config)
     weights = of.matrix_elements(config) + of.head_elements(config)
-    return element_bytes * (weights + batch * context * of.cache_elements(config))
+    return int(element_bytes * weights + max(2, element_bytes) * batch * context * of.cache_elements(config))
 
 
 def encoder_flops(config: Config, tokens: int, batch: int) -> int:

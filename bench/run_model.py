@@ -15,7 +15,7 @@ import torch
 from alula.bench import limits, machine, model_folder, presets, report, through
 from alula.bench.encoder_rounds import EncoderGroup
 from alula.bench.engine import Engine
-from alula.bench.model_rounds import Group, Workload, plan_groups
+from alula.bench.model_rounds import QUANTIZED, Group, Workload, plan_groups
 from alula.bench.peers import ENCODER_PEERS, PEERS
 
 HEADER = ("phase", "engine", "weights", "median", "+-", "rate", "of limit", "alula / it", "max error")
@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peers = ",".join(name for name in PEERS if name != "alula")
     shapes = [*presets.PRESETS, *presets.ENCODERS]
     parser.add_argument("--preset", choices=shapes, default="mqa-768", help="shape (default %(default)s)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="weights (default %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", *QUANTIZED),
+        default="bf16",
+        help="weights (default %(default)s); int4 and nf4 in groups of 64, of decoders only",
+    )
     parser.add_argument(
         "--prompt-tokens", type=int, help="prompt of the prefill (default 128); an encoder's input (all)"
     )
@@ -71,7 +76,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         report.note(f"alula bench model: {error}")
         return 2
     torch.set_num_threads(args.threads)
-    folder = model_folder.ensure(args.cache, args.preset, args.dtype)
+    folder = model_folder.ensure(args.cache, args.preset, "bf16" if args.dtype in QUANTIZED else args.dtype)
     recorder = report.Recorder(args.json)
     header = machine.describe(args.threads, argv)
     print(machine.one_line(header), flush=True)
@@ -169,6 +174,8 @@ def make_encoder_workload(args: argparse.Namespace, config: presets.Config) -> W
     limit = config["max_position_embeddings"]
     args.prompt_tokens = limit if args.prompt_tokens is None else args.prompt_tokens
     _check_counts(args, "prompt_tokens", "batch", "rounds", "threads")
+    if args.dtype in QUANTIZED:
+        raise ValueError(f"--dtype {args.dtype} is for decoders, and {args.preset} is an encoder")
     for name in ("context", "left_pad", "memory"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for decoders, and {args.preset} is an encoder")

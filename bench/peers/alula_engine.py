@@ -17,7 +17,9 @@ class Alula(TransformersLike):
 
     def load(self, setup: Setup) -> Any:
         """The model; its weights are packed as they are read."""
-        return AutoModelForCausalLM.from_pretrained(setup.folder, dtype=DTYPES[setup.dtype])
+        if setup.dtype in DTYPES:
+            return AutoModelForCausalLM.from_pretrained(setup.folder, dtype=DTYPES[setup.dtype])
+        return AutoModelForCausalLM.from_pretrained(setup.folder, quantize=setup.dtype)
 
     @property
     def versions(self) -> dict[str, str]:

@@ -22,7 +22,8 @@ class Setup:
 
     folder: a Hugging Face folder (config.json, safetensors in `dtype`, tokenizer.json).
     work: a folder for what the engine converts the weights into; it may be there from an earlier run.
-    dtype: fp32 or bf16. max_tokens: prompt, context and new tokens never exceed it. batch: rows of a prompt.
+    dtype: fp32, bf16, or int8, int4, nf4 (the folder is then in bf16). max_tokens: prompt, context and new tokens never
+        exceed it. batch: rows of a prompt.
     """
 
     folder: Path
@@ -47,7 +48,7 @@ class Peer:
 
     @property
     def weights(self) -> str:
-        """The dtype that the weights are held in: fp32 or bf16."""
+        """The dtype that the weights are held in, a value that `dtype` may have."""
         raise NotImplementedError
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:

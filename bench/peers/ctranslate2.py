@@ -1,4 +1,5 @@
-"""CTranslate2: the weights converted to fp32, the only floating-point type that it computes in on every CPU."""
+"""CTranslate2: the weights converted to fp32, the only floating-point type that it computes in on every CPU, or to
+int8."""
 
 from __future__ import annotations
 
@@ -18,17 +19,21 @@ class CTranslate2(Peer):
     def __init__(self, setup: Setup) -> None:
         """Convert the folder if that is not done yet, and load it."""
         self.setup = setup
-        path = Path(setup.work) / "ctranslate2-fp32"
+        if setup.dtype in ("int4", "nf4"):
+            raise Missing(f"it has no {setup.dtype} weights on a CPU")
+        kind = "int8" if setup.dtype == "int8" else "float32"
+        self._weights = "int8" if setup.dtype == "int8" else "fp32"
+        path = Path(setup.work) / f"ctranslate2-{self._weights}"
         if not path.exists():
             converter = ctranslate2.converters.TransformersConverter(str(setup.folder))
             try:
                 unfinished = path.with_suffix(".unfinished")
-                converter.convert(str(unfinished), quantization="float32", force=True)
+                converter.convert(str(unfinished), quantization=kind, force=True)
                 unfinished.rename(path)
             except (ImportError, ValueError) as error:
                 raise Missing(f"the conversion failed: {error}") from error
         self._generator = ctranslate2.Generator(
-            str(path), device="cpu", compute_type="float32", intra_threads=setup.threads, inter_threads=1
+            str(path), device="cpu", compute_type=kind, intra_threads=setup.threads, inter_threads=1
         )
 
     @property
@@ -38,8 +43,8 @@ class CTranslate2(Peer):
 
     @property
     def weights(self) -> str:
-        """Always fp32."""
-        return "fp32"
+        """int8 where that is asked for, else fp32."""
+        return self._weights
 
     def greedy(self, prompts: list[list[int]], steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens by its own search; logits of these tokens by one pass over each whole row."""

@@ -27,8 +27,18 @@ LAYER_PARTS = {
 GRAPHS = {("gpt_bigcode", True): "starcoder", ("gpt2", None): "gpt2"}
 
 
+QUANTIZED = {"int8": gguf.GGMLQuantizationType.Q8_0, "int4": gguf.GGMLQuantizationType.Q4_0}
+FILE_TYPES = {
+    "fp32": gguf.LlamaFileType.ALL_F32,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "int8": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "int4": gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+
+
 def write_gguf(folder: Path, path: Path, dtype: str) -> None:
-    """Write the model of `folder` to `path`: matrices in `dtype` (fp32 or bf16), vectors and positions in fp32.
+    """Write the model of `folder` to `path`: matrices in `dtype` (fp32, bf16, int8 as Q8_0, int4 as Q4_0), the
+    rest in fp32.
 
     The language-model head is tied to the word table and therefore not written a second time.
     Raises Missing for models that llama.cpp has no graph for.
@@ -45,7 +55,10 @@ def write_gguf(folder: Path, path: Path, dtype: str) -> None:
         matrix = tensor.ndim == 2 and name != "position_embd.weight"
         if matrix and is_turned and name != "token_embd.weight":
             tensor = tensor.T
-        if dtype == "bf16" and matrix:
+        if dtype in QUANTIZED and matrix:
+            rows = np.ascontiguousarray(tensor.float().numpy())
+            writer.add_tensor(name, gguf.quants.quantize(rows, QUANTIZED[dtype]), raw_dtype=QUANTIZED[dtype])
+        elif dtype == "bf16" and matrix:
             data = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
             writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
@@ -67,7 +80,7 @@ def _write_metadata(writer: gguf.GGUFWriter, config: dict, dtype: str) -> None:
     if config.get("multi_query"):
         writer.add_head_count_kv(1)
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if dtype == "bf16" else gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(FILE_TYPES[dtype])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"t{token}".encode() for token in range(vocabulary)])

@@ -95,6 +95,8 @@ class HFSdpa(TransformersLike):
             from transformers import AutoModelForCausalLM
         except ImportError as error:
             raise Missing(str(error)) from error
+        if setup.dtype not in DTYPES:
+            raise Missing(f"{setup.dtype} weights are not measured with transformers")
         model = AutoModelForCausalLM.from_pretrained(
             setup.folder, dtype=DTYPES[setup.dtype], attn_implementation=self.attention
         )

@@ -20,6 +20,8 @@ class LlamaCpp(Peer):
         """Write the GGUF file if it is not there, and load it."""
         if setup.batch != 1:
             raise Missing("only batch 1 is measured with it")
+        if setup.dtype == "nf4":
+            raise Missing("it has no nf4 weights")
         self.setup = setup
         path = Path(setup.work) / f"weights-{setup.dtype}.gguf"
         if not path.exists():

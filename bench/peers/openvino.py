@@ -15,7 +15,19 @@ try:
 except ImportError as error:
     raise Missing("optimum-intel is not installed here; --openvino-python names an environment that has it") from error
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16", "int4": "bf16"}
+BITS = {"int8": 8, "int4": 4}
+
+
+def _weight_options(bits: int | None) -> dict:
+    """int8 as optimum-intel makes it by itself; int4 symmetric in groups of 64, the other matrices int8."""
+    if bits is None:
+        return {"load_in_8bit": False}
+    if bits == 8:
+        return {"load_in_8bit": True}
+    from optimum.intel import OVWeightQuantizationConfig
+
+    return {"quantization_config": OVWeightQuantizationConfig(bits=4, sym=True, group_size=64, ratio=1.0)}
 
 
 class OpenVINO(TransformersLike):
@@ -23,7 +35,10 @@ class OpenVINO(TransformersLike):
 
     def load(self, setup: Setup) -> OVModelForCausalLM:
         """Export if that is not done yet, and compile for this CPU."""
-        path = Path(setup.work) / "openvino"
+        if setup.dtype not in PRECISIONS:
+            raise Missing(f"it has no {setup.dtype} weights on a CPU")
+        bits = BITS.get(setup.dtype)
+        path = Path(setup.work) / ("openvino" if bits is None else f"openvino-{setup.dtype}")
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": str(setup.threads),
@@ -32,7 +47,7 @@ class OpenVINO(TransformersLike):
         }
         if not path.exists():
             exported = OVModelForCausalLM.from_pretrained(
-                setup.folder, export=True, load_in_8bit=False, use_cache=True, compile=False
+                setup.folder, export=True, use_cache=True, compile=False, **_weight_options(bits)
             )
             exported.save_pretrained(unfinished := path.with_suffix(".unfinished"))
             unfinished.rename(path)
