@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+from alula.ops import ACTIVATIONS
+from alula.testing import reference
 from simt_process import DTYPES, Executor
 from torch import Tensor
+
+MAX_FEW_ROWS = 16  # csrc/cuda/weight_layout.h
 
 MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
@@ -154,3 +158,159 @@ class Ops:
             dtype=DTYPES[table.dtype],
             out=new_result((*input_ids.shape, table.shape[1]), table.dtype),
         )["out"]
+
+    def _product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm_eps: float,
+    ) -> dict[str, object]:
+        """What every product takes. Beyond MAX_FEW_ROWS rows the product itself comes from PyTorch, as "product"."""
+        rows = x.numel() // x.shape[-1] if x.numel() else 0
+        values: dict[str, object] = {
+            "bias": bias,
+            "norm_eps": norm_eps,
+            "m": rows,
+            "n": weight.shape[0],
+            "k": weight.shape[1],
+            "dtype": DTYPES[x.dtype],
+            "few_rows": rows <= MAX_FEW_ROWS,
+        }
+        if rows <= MAX_FEW_ROWS:
+            packed = padded_rows(weight)
+            return {**values, "x": x, "weight": packed, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        if norm_weight is not None:
+            x = reference.layer_norm(x, norm_weight, norm_bias, norm_eps).to(x.dtype)
+        return {**values, "product": (x.double() @ weight.double().T).to(x.dtype).view(rows, -1)}
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        norm_eps: float = 1e-5,
+        activation: str = "none",
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        values = self._product(x, weight, bias, norm_weight, norm_bias, norm_eps)
+        out = new_result((*x.shape[:-1], weight.shape[0]), x.dtype)
+        product = values.pop("product", None)
+        return self.call(
+            "linear",
+            ("out",),
+            out=out if product is None else product.view(out.shape),
+            residual=residual,
+            activation=ACTIVATIONS[activation],
+            **values,
+        )["out"]
+
+    def qkv_projection(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_cache: Tensor,
+        positions: Tensor,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        norm_eps: float = 1e-5,
+        rotary_table: Tensor | None = None,
+        rotary_positions: Tensor | None = None,
+        mlp: Tensor | None = None,
+        mlp_activation: str = "none",
+    ) -> Tensor:
+        """`kv_cache` and `mlp` are changed in place."""
+        batch, tokens, _ = x.shape
+        results = {"q": new_result((batch, tokens, num_heads, head_dim), x.dtype), "kv_cache": kv_cache}
+        if mlp is not None:
+            results["mlp"] = mlp
+        out = self.call(
+            "qkv_projection",
+            tuple(results),
+            tokens=tokens,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            kv_strides=integers(*kv_cache.stride()),
+            num_slots=kv_cache.shape[2],
+            positions=positions,
+            rotary_table=rotary_table,
+            rotary_positions=rotary_positions,
+            rotary_dim=0 if rotary_table is None else rotary_table.shape[1],
+            num_rotary_positions=0 if rotary_table is None else rotary_table.shape[0],
+            mlp_stride=0 if mlp is None else mlp.stride(1),
+            mlp_activation=ACTIVATIONS[mlp_activation],
+            **results,
+            **self._product(x, weight, bias, norm_weight, norm_bias, norm_eps),
+        )
+        kv_cache.copy_(out["kv_cache"])
+        if mlp is not None:
+            mlp.copy_(out["mlp"])
+        return out["q"]
+
+    def attention(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        *,
+        scale: float | None = None,
+        causal: bool = True,
+        mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        num_multiprocessors: int = 1,
+    ) -> Tensor:
+        """`num_multiprocessors`: of the GPU that is played; more of them split the keys further."""
+        batch, tokens, num_heads, head_dim = q.shape
+        mask_strides = [0] * 4
+        if mask is not None:
+            mask = mask.contiguous()
+            mask_strides = [
+                0 if i < 2 and n == 1 else s for i, (n, s) in enumerate(zip(mask.shape, mask.stride(), strict=True))
+            ]
+        step = 16 // q.element_size()
+        results = {
+            "out": new_result((batch, tokens, num_heads * head_dim), q.dtype),
+            "splits": torch.zeros(1, dtype=torch.int64),
+        }
+        out = self.call(
+            "attention",
+            tuple(results),
+            q=q,
+            kv_cache=kv_cache,
+            positions=positions,
+            lengths=lengths,
+            mask=mask,
+            mask_kind=0 if mask is None else MASK_KINDS[mask.dtype],
+            mask_strides=integers(*mask_strides),
+            mask_keys=0 if mask is None else mask.shape[3],
+            head_mask=head_mask,
+            scale=float(head_dim**-0.5 if scale is None else scale),
+            causal=causal,
+            batch=batch,
+            tokens=tokens,
+            num_heads=num_heads,
+            num_kv_heads=kv_cache.shape[1],
+            head_dim=head_dim,
+            num_slots=kv_cache.shape[2],
+            kv_strides=integers(*kv_cache.stride()),
+            is_query_even=q.data_ptr() % 16 == 0 and head_dim % step == 0,
+            is_cache_even=kv_cache.data_ptr() % 16 == 0 and head_dim % step == 0,
+            num_multiprocessors=num_multiprocessors,
+            out_stride=num_heads * head_dim,
+            dtype=DTYPES[q.dtype],
+            **results,
+        )
+        self.splits = int(out["splits"])
+        return out["out"]

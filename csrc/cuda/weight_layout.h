@@ -11,6 +11,9 @@ namespace alula {
 
 constexpr int64_t kRowBytes = 16;
 
+// Up to so many rows of X a product reads W in a kernel of alula's own (cuda/few_rows.cuh); above, a library's.
+constexpr int kMaxFewRows = 16;
+
 // Elements from one row to the next.
 inline int64_t row_stride(DType dtype, int64_t k) {
   const int64_t step = kRowBytes / (dtype == DType::kFloat32 ? 4 : 2);

@@ -7,6 +7,7 @@
 
 #include "core/types.h"
 #include "cpu/isa.h"
+#include "cuda/device.h"
 
 namespace alula {
 
@@ -59,5 +60,34 @@ struct AttentionKernels {
 };
 
 ALULA_DECLARE_KERNELS(AttentionKernels, kAttention)
+
+// --- CUDA
+// ----------------------------------------------------------------------------------------------------------------
+
+// What the CPU's tiles hold and, there, lies on the device.
+struct AttentionCudaArgs {
+  const int32_t* positions;  // [B, T]
+  const int32_t* lengths;    // [B]
+  bool is_causal;
+  int64_t num_slots;                  // S
+  int64_t mask_keys;                  // S' of the mask; keys beyond are hidden
+  bool is_query_even, is_cache_even;  // can be read 16 bytes at a time
+  int num_splits;                     // set by the launcher
+  float* workspace;                   // [workspace_floats] of the plan
+  uint32_t* counters;                 // [num_counters], zeros before and after
+};
+
+// How the work is cut. Known on the host without any length, so that a captured graph serves every one.
+struct AttentionCudaPlan {
+  int row_warps;
+  int64_t num_row_tiles;
+  int num_splits;  // of the keys
+  int64_t workspace_floats, num_counters;
+};
+
+AttentionCudaPlan attention_cuda_plan(const AttentionArgs& args, int64_t batch, int64_t num_slots,
+                                      const CudaDevice& device);
+void attention_cuda(const AttentionArgs& args, const AttentionCudaArgs& cuda, const AttentionCudaPlan& plan,
+                    int64_t batch, const CudaStream& stream);
 
 }  // namespace alula

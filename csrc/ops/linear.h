@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/panel_gemm_args.h"
+#include "cuda/device.h"
 
 namespace alula {
 
@@ -21,5 +22,10 @@ struct LinearKernels {
 };
 
 ALULA_DECLARE_KERNELS(LinearKernels, kLinear)
+
+// On CUDA, W as in cuda/weight_layout.h. Up to kMaxFewRows rows:
+void linear_few_rows_cuda(const LinearArgs& args, const CudaStream& stream);
+// What follows the product, which is in `out`:
+void linear_epilogue_cuda(const LinearArgs& args, const CudaStream& stream);
 
 }  // namespace alula

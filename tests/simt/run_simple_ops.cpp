@@ -72,6 +72,7 @@ void run_embedding(const Request& r) {
   embedding_cuda(
       {
           .dtype = r.dtype("dtype"),
+          .format = {},
           .width = r.i("width"),
           .table = r.t("table"),
           .input_ids = r.t<const int64_t>("input_ids"),

@@ -1,0 +1,305 @@
+// The product of up to 16 rows of X [M, K] with W^T, W [N, K] row-major (cuda/weight_layout.h): bound by reading W
+// once.
+//
+// A block owns 8 features, that is 8 rows of W; its 8 warps share out K and add up through shared memory at the end.
+// Lane 4 g + t reads 16 bytes of row g at a time, four lanes side by side. The sums of all 16 rows of X come from the
+// tensor cores: a sum over K may run in any order, so the 8 neighbours of K that a lane has read are said to be those
+// that the fragments of two products (m16n8k16) want of it, and nothing is moved between lanes. X is read in the same
+// order from the second-level cache, normed on the way where a layer norm goes before.
+//
+// fp32 has no tensor-core product that keeps its digits: each lane multiplies its 4 neighbours of K with every row of
+// X.
+//
+// The epilogue is called by the block's first threads with two neighbouring features of one row, in fp32.
+#pragma once
+
+#include <type_traits>
+
+#include "core/dispatch.h"
+#include "cpu/panel_gemm_args.h"
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+#include "cuda/vec.cuh"
+#include "cuda/weight_layout.h"
+
+namespace alula {
+
+struct FewRowsParams {
+  const void* x;            // [M, K]
+  const void* weight;       // [N, stride]
+  const void* norm_weight;  // [K], null: no layer norm
+  const void* norm_bias;    // [K], may be null
+  float norm_eps;
+  int m, n, k;
+  int64_t stride;
+  bool is_aligned;  // rows of X and the norm's vectors can be read 16 bytes at a time
+};
+
+template <typename T>
+FewRowsParams few_rows_params(const PanelGemmArgs& gemm) {
+  return {gemm.x,
+          gemm.weight,
+          gemm.norm_weight,
+          gemm.norm_bias,
+          gemm.norm_eps,
+          static_cast<int>(gemm.m),
+          static_cast<int>(gemm.n),
+          static_cast<int>(gemm.k),
+          row_stride(gemm.dtype, gemm.k),
+          gemm.k % kPackSize<T> == 0 && is_aligned_16(gemm.x) && is_aligned_16(gemm.norm_weight) &&
+              is_aligned_16(gemm.norm_bias)};
+}
+
+struct FewRows {
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kFeatures = 8;  // of a block
+  static constexpr int kUnroll = 4;    // 16-byte loads of W under way per lane
+  static constexpr int kSumsBytes = kWarps * kMaxFewRows * kFeatures * 4;
+  static constexpr int kSharedBytes = kSumsBytes + kMaxFewRows * 2 * 4;
+  static_assert(kMaxFewRows * kFeatures / 2 <= kThreads, "each pair of sums has a thread in the epilogue");
+};
+
+// 16 bytes of a row of W from `column` on; zeros beyond its end.
+__device__ __forceinline__ void load_weight(uint32_t (&w)[4], const FewRowsParams& p, int feature, int column,
+                                            int element_bytes) {
+  if (feature < p.n && column < p.stride) {
+    load_once(w, static_cast<const char*>(p.weight) + (feature * p.stride + column) * element_bytes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = 0;
+  }
+}
+
+// N values of a vector of K from `column` on; zeros beyond its end.
+template <int N, typename T>
+__device__ __forceinline__ void load_guarded(float (&v)[N], const T* from, int column, const FewRowsParams& p) {
+  if (p.is_aligned && column + N <= p.k) {
+    load_pack(v, from + column);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; i++) v[i] = column + i < p.k ? to_float(from[column + i]) : 0.0f;
+}
+
+// Mean and 1 / deviation of each row of X into `moments` [M][2]; a warp takes a row.
+template <typename T>
+__device__ __forceinline__ void find_moments(const FewRowsParams& p, Shared<float> moments) {
+  constexpr int N = kPackSize<T>;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  for (int row = warp; row < p.m; row += FewRows::kWarps) {
+    const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k;
+    float sum = 0.0f, squares = 0.0f;
+    for (int column = lane * N; column < p.k; column += kWarpSize * N) {
+      float v[N];
+      load_guarded(v, x, column, p);
+#pragma unroll
+      for (int i = 0; i < N; i++) sum += v[i];
+    }
+    const float mean = reduce_lanes<Sum>(sum) / static_cast<float>(p.k);
+    for (int column = lane * N; column < p.k; column += kWarpSize * N) {
+      float v[N];
+      load_guarded(v, x, column, p);
+#pragma unroll
+      for (int i = 0; i < N; i++) squares += column + i < p.k ? (v[i] - mean) * (v[i] - mean) : 0.0f;
+    }
+    const float variance = reduce_lanes<Sum>(squares) / static_cast<float>(p.k);
+    if (lane == 0) {
+      moments[2 * row] = mean;
+      moments[2 * row + 1] = rsqrtf(variance + p.norm_eps);
+    }
+  }
+  __syncthreads();
+}
+
+// N values of row `row` of X from `column` on, normed; zeros beyond its end.
+template <bool kNorm, int N, typename T>
+__device__ __forceinline__ void load_x(float (&v)[N], const FewRowsParams& p, int row, int column, float mean,
+                                       float inverse, TypeTag<T>) {
+  load_guarded(v, static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k, column, p);
+  if constexpr (kNorm) {
+    float w[N], b[N] = {};
+    load_guarded(w, static_cast<const T*>(p.norm_weight), column, p);
+    if (p.norm_bias != nullptr) load_guarded(b, static_cast<const T*>(p.norm_bias), column, p);
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] = (v[i] - mean) * inverse * w[i] + b[i];  // beyond the end w and b are 0
+  }
+}
+
+// What this warp's share of K adds to the block's 16 x 8 sums, for 16-bit T: c as multiply_add has it.
+// kRows: 8 or 16 rows of X at most.
+template <typename T, int kRows, bool kNorm>
+__device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shared<float> moments, float (&c)[4]) {
+  constexpr int kUnroll = FewRows::kUnroll, kStep = 32, kSpan = kUnroll * kStep;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int g = lane / 4, t = lane % 4;
+  const int feature = static_cast<int>(blockIdx.x) * FewRows::kFeatures + g;
+  constexpr int kStride = FewRows::kWarps * kSpan;
+
+  uint32_t next[kUnroll][4];
+  const auto fetch = [&](int first) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) load_weight(next[u], p, feature, first + u * kStep + t * 8, sizeof(T));
+  };
+  fetch(warp * kSpan);  // under way while the rows' moments are found
+  wait_for_previous_kernel();
+  if (kNorm) find_moments<T>(p, moments);
+  float mean[kRows / 8], inverse[kRows / 8];
+#pragma unroll
+  for (int half = 0; half < kRows / 8; half++) {
+    const bool is_there = kNorm && g + 8 * half < p.m;
+    mean[half] = is_there ? static_cast<float>(moments[2 * (g + 8 * half)]) : 0.0f;
+    inverse[half] = is_there ? static_cast<float>(moments[2 * (g + 8 * half) + 1]) : 0.0f;
+  }
+
+  for (int first = warp * kSpan; first < p.k; first += kStride) {
+    uint32_t w[kUnroll][4];
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[u][i] = next[u][i];
+    }
+    if (first + kStride < p.k) fetch(first + kStride);
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      const int column = first + u * kStep + t * 8;
+      uint32_t x[2][4] = {};  // of rows g and g + 8; zeros where there is none
+#pragma unroll
+      for (int half = 0; half < kRows / 8; half++) {
+        // Lanes without a row of their own read the last one: the warp stays together for the product.
+        const int row = g + 8 * half;
+        float v[8];
+        load_x<kNorm>(v, p, row < p.m ? row : p.m - 1, column, mean[half], inverse[half], TypeTag<T>{});
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[half][i] = row < p.m ? pair_of<T>(v[2 * i], v[2 * i + 1]) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t a[4] = {x[0][i], x[1][i], x[0][i + 1], x[1][i + 1]};
+        const uint32_t b[2] = {w[u][i], w[u][i + 1]};
+        multiply_add(c, a, b, T{});
+      }
+    }
+  }
+}
+
+// The same for fp32, on the plain units: sums[m] of row m and feature g, over the four lanes of g.
+template <int kRows, bool kNorm>
+__device__ __forceinline__ void sum_in_fp32(const FewRowsParams& p, Shared<float> moments, float (&sums)[kRows]) {
+  constexpr int kUnroll = FewRows::kUnroll, kStep = 16, kSpan = kUnroll * kStep;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int g = lane / 4, t = lane % 4;
+  const int feature = static_cast<int>(blockIdx.x) * FewRows::kFeatures + g;
+  wait_for_previous_kernel();
+  if (kNorm) find_moments<float>(p, moments);
+
+  for (int first = warp * kSpan; first < p.k; first += FewRows::kWarps * kSpan) {
+    uint32_t w[kUnroll][4];
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) load_weight(w[u], p, feature, first + u * kStep + t * 4, 4);
+#pragma unroll
+    for (int m = 0; m < kRows; m++) {
+      if (m >= p.m) break;
+      const float mean = kNorm ? static_cast<float>(moments[2 * m]) : 0.0f;
+      const float inverse = kNorm ? static_cast<float>(moments[2 * m + 1]) : 0.0f;
+#pragma unroll
+      for (int u = 0; u < kUnroll; u++) {
+        float x[4];
+        load_x<kNorm>(x, p, m, first + u * kStep + t * 4, mean, inverse, TypeTag<float>{});
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[m] += x[i] * float_of_bits(w[u][i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kRows; m++) sums[m] = reduce_lanes<Sum, 4>(sums[m]);
+}
+
+template <typename T, int kRows, bool kNorm, typename Epilogue>
+__global__ void __launch_bounds__(FewRows::kThreads) few_rows_kernel(FewRowsParams p, Epilogue epilogue) {
+  constexpr int kFeatures = FewRows::kFeatures;
+  const Shared<float> sums = dynamic_shared<float>();  // [warp][16 rows][8 features]
+  const Shared<float> moments = dynamic_shared<float>(FewRows::kSumsBytes);
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int g = lane / 4, t = lane % 4;
+  const Shared<float> own = sums + warp * kMaxFewRows * kFeatures;
+
+  if constexpr (std::is_same_v<T, float>) {
+    float c[kRows] = {};
+    sum_in_fp32<kRows, kNorm>(p, moments, c);
+#pragma unroll
+    for (int m = 0; m < kRows; m++) {
+      if (m % 4 == t) own[m * kFeatures + g] = c[m];
+    }
+  } else {
+    float c[4] = {};
+    sum_on_tensor_cores<T, kRows, kNorm>(p, moments, c);
+#pragma unroll
+    for (int i = 0; i < 2 * (kRows / 8); i++) own[(g + i / 2 * 8) * kFeatures + 2 * t + i % 2] = c[i];
+  }
+  __syncthreads();
+  let_next_kernel_start();
+
+  const int row = static_cast<int>(threadIdx.x) / (kFeatures / 2);
+  const int feature = static_cast<int>(blockIdx.x) * kFeatures + static_cast<int>(threadIdx.x) % (kFeatures / 2) * 2;
+  if (row >= p.m || feature >= p.n) return;
+  float pair[2] = {0.0f, 0.0f};
+  for (int other = 0; other < FewRows::kWarps; other++) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      pair[i] += sums[(other * kMaxFewRows + row) * kFeatures + feature % kFeatures + i];
+    }
+  }
+  epilogue(row, feature, pair[0], pair[1]);
+}
+
+// The epilogue alone, of a product [M, N] that a library made.
+template <typename T, typename Epilogue>
+__global__ void __launch_bounds__(256) epilogue_kernel(const T* product, int64_t num_pairs, int n, Epilogue epilogue) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
+  if (index >= num_pairs) return;
+  const int pairs = (n + 1) / 2;
+  const int64_t row = index / pairs;
+  const int feature = static_cast<int>(index % pairs) * 2;
+  const T* from = product + row * n + feature;
+  float pair[2] = {0.0f, 0.0f};
+  if (n % 2 == 0) {
+    load_pack(pair, from);
+  } else {
+    pair[0] = to_float(from[0]);
+    if (feature + 1 < n) pair[1] = to_float(from[1]);
+  }
+  epilogue(row, feature, pair[0], pair[1]);
+}
+
+template <typename T, typename Epilogue>
+void launch_few_rows(const char* name, const FewRowsParams& p, const Epilogue& epilogue, const CudaStream& stream) {
+  const LaunchOptions options = {.blocks = {(p.n + FewRows::kFeatures - 1) / FewRows::kFeatures},
+                                 .threads = FewRows::kThreads,
+                                 .shared_bytes = FewRows::kSharedBytes,
+                                 .starts_before_previous = true};
+  const auto with_rows = [&](auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    launch(name,
+           p.norm_weight != nullptr ? few_rows_kernel<T, kRows, true, Epilogue>
+                                    : few_rows_kernel<T, kRows, false, Epilogue>,
+           options, stream, p, epilogue);
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (p.m == 1) return with_rows(std::integral_constant<int, 1>{});
+    if (p.m <= 4) return with_rows(std::integral_constant<int, 4>{});
+  } else {
+    if (p.m <= 8) return with_rows(std::integral_constant<int, 8>{});
+  }
+  with_rows(std::integral_constant<int, 16>{});
+}
+
+template <typename T, typename Epilogue>
+void launch_epilogue(const char* name, const void* product, int64_t m, int64_t n, const Epilogue& epilogue,
+                     const CudaStream& stream) {
+  const int64_t pairs = m * ((n + 1) / 2);
+  launch(name, epilogue_kernel<T, Epilogue>, {.blocks = {(pairs + 255) / 256}, .threads = 256}, stream,
+         static_cast<const T*>(product), pairs, static_cast<int>(n), epilogue);
+}
+
+}  // namespace alula
