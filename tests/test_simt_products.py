@@ -1,4 +1,4 @@
-"""The CUDA kernels of linear and qkv_projection in the host executor: few rows, and the epilogue of a library's product."""
+"""The CUDA kernels of linear and qkv_projection in the host executor: few rows, and what follows a library product."""
 
 from collections.abc import Iterator
 

@@ -207,7 +207,7 @@ def test_dtype_and_device_arguments(folder: Path) -> None:
         ({"dtype": torch.float64}, r"dtype torch\.float64 is not supported; accepted: float32, bfloat16, float16"),
         ({"dtype": "int8"}, r"'int8' is not a floating-point dtype"),
         ({"dtype": "fast"}, r"'fast' is not"),
-        ({"device": "cuda"}, r"device 'cuda' is not supported by this build; accepted: cpu"),
+        ({"device": "cuda"}, r"device 'cuda' .*accepted: cpu"),
     ):
         with pytest.raises(ValueError, match=message):
             load(folder, **kwargs)

@@ -2,6 +2,12 @@
 
 #include <dlfcn.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "ops/layer_norm.h"
+
 // Torch's own, in libtorch_cuda.so: absent on a CPU-only torch, where this library loads all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
@@ -48,5 +54,48 @@ int32_t checked_gpu([[maybe_unused]] const Tensor& t) {
 }  // namespace
 
 CudaScope::CudaScope(const Tensor& t) : guard_(checked_gpu(t)), stream_(current_stream(t.get_device_index())) {}
+
+Tensor library_product(const PanelGemmArgs& gemm, const Tensor& x, const Tensor& weight,
+                       [[maybe_unused]] const CudaScope& scope) {
+  Tensor rows = torch::stable::reshape(x, {gemm.m, gemm.k});
+  if (gemm.norm_weight != nullptr) {
+    const Tensor normed = new_tensor({gemm.m, gemm.k}, x.scalar_type(), place_of(x, "x"));
+    [[maybe_unused]] const LayerNormArgs args = {
+        .dtype = gemm.dtype,
+        .x = gemm.x,
+        .residual = nullptr,
+        .weight = gemm.norm_weight,
+        .bias = gemm.norm_bias,
+        .out = normed.mutable_data_ptr(),
+        .width = gemm.k,
+        .eps = gemm.norm_eps,
+        .writes_past_caches = false,
+    };
+    ALULA_CUDA_CALL(layer_norm_cuda(args, gemm.m, scope.stream()));
+    rows = normed;
+  }
+  Tensor plain = weight;
+  plain = torch::stable::narrow(plain, 1, 0, gemm.k);
+  return torch::stable::matmul(rows, torch::stable::transpose(plain, 0, 1));
+}
+
+uint32_t* zeroed_counters(const Tensor& like, const CudaScope& scope, int64_t count) {
+  uint64_t capture = 0;
+  ALULA_CUDA_CALL(capture = capture_id(scope.stream()));
+  // Never given back: a kernel or a graph that uses them may outlive everything here.
+  using Key = std::tuple<int32_t, void*, uint64_t>;
+  static auto& known = *new std::map<Key, Tensor>;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  const Key key = {like.get_device_index(), scope.stream().handle, capture};
+  const auto found = known.find(key);
+  if (found != known.end() && found->second.numel() >= count) {
+    return static_cast<uint32_t*>(found->second.mutable_data_ptr());
+  }
+  constexpr int64_t kLeast = 4096;
+  const Tensor counters = torch::stable::new_zeros(like, {count < kLeast ? kLeast : count}, ScalarType::Int);
+  known.insert_or_assign(key, counters);
+  return static_cast<uint32_t*>(counters.mutable_data_ptr());
+}
 
 }  // namespace alula

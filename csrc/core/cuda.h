@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "core/tensor.h"
+#include "cpu/panel_gemm_args.h"
 #include "cuda/device.h"
 
 namespace alula {
@@ -19,6 +20,13 @@ class CudaScope {
   torch::stable::accelerator::DeviceGuard guard_;
   CudaStream stream_;
 };
+
+// layer_norm(x) W^T by torch's own product, [M, N]: for more rows than alula has a kernel for. x is contiguous.
+Tensor library_product(const PanelGemmArgs& gemm, const Tensor& x, const Tensor& weight, const CudaScope& scope);
+
+// At least `count` counters that are zero and that each kernel of the scope's stream leaves zero. A captured graph has
+// its own, which it sets to zero itself.
+uint32_t* zeroed_counters(const Tensor& like, const CudaScope& scope, int64_t count);
 
 }  // namespace alula
 

@@ -1,6 +1,7 @@
 // What the ops ask of torch's tensors, and the checks that many of them share. Used by <op>.cpp files only.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -63,10 +64,31 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType expected, 
               name_of(expected));
 }
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  ALULA_CHECK(t.is_cpu(), name,
-              " is on another device; this op has CPU tensors, so all of its tensors must be on the CPU");
+// Where an op runs: that of its first tensor.
+struct Place {
+  int32_t gpu = -1;  // -1: the CPU
+  bool is_cuda() const { return gpu >= 0; }
+};
+
+inline Place place_of(const Tensor& t, const char* name) {
+  if (t.is_cpu()) [[likely]]
+    return {};
+  ALULA_CHECK(t.is_cuda(), name, " is on a device that alula has no kernels for; accepted: cpu, cuda");
+  return {t.get_device_index()};
 }
+
+inline void check_place(const Tensor& t, const char* name, Place place) {
+  if (!place.is_cuda()) [[likely]] {
+    ALULA_CHECK(t.is_cpu(), name,
+                " is on another device; this op has CPU tensors, so all of its tensors must be on the CPU");
+    return;
+  }
+  ALULA_CHECK(t.is_cuda() && t.get_device_index() == place.gpu, name,
+              " is on another device; this op has tensors on cuda:", place.gpu,
+              ", so all of its tensors must be there");
+}
+
+inline void check_cpu(const Tensor& t, const char* name) { check_place(t, name, {}); }
 
 // Of shape `expected`, where -1 stands for any size.
 inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected,
@@ -90,19 +112,28 @@ inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? Option
 
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// A vector that goes with the features of `like`: [size], same dtype, on the CPU, contiguous on return.
+// A vector that goes with the features of `like`: [size], same dtype, same device, contiguous on return.
 inline OptionalTensor feature_vector(const OptionalTensor& t, const char* name, int64_t size, const Tensor& like,
                                      const char* like_name) {
   if (!t) return t;
-  check_cpu(*t, name);
+  check_place(*t, name, place_of(like, like_name));
   check_shape(*t, name, {size}, "[features]");
   check_dtype(*t, name, like.scalar_type(), like_name);
   return as_contiguous(t);
 }
 
+inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, Place place) {
+  if (!place.is_cuda()) [[likely]]
+    return torch::stable::empty(sizes, dtype);
+  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA,
+                                     static_cast<torch::stable::accelerator::DeviceIndex>(place.gpu));
+  return torch::stable::empty(sizes, dtype, std::nullopt, device);
+}
+
 // For a result that may be larger than the caches (cpu/large.h).
-inline Tensor new_large_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor t = torch::stable::empty(sizes, dtype);
+inline Tensor new_large_tensor(const std::vector<int64_t>& sizes, ScalarType dtype, Place place = {}) {
+  Tensor t = new_tensor(sizes, dtype, place);
+  if (place.is_cuda()) return t;
   const int64_t bytes = t.numel() * t.element_size();
   if (is_beyond_caches(bytes)) ask_for_large_pages(t.mutable_data_ptr(), bytes);
   return t;

@@ -39,14 +39,20 @@ inline std::string size_class(int64_t n) {
 }
 
 template <typename... Parts>
-__attribute__((noinline, cold)) void trace(const char* op, DType dtype, const Parts&... parts) {
+__attribute__((noinline, cold)) void trace_at(const std::string& where, const char* op, DType dtype,
+                                              const Parts&... parts) {
   static std::mutex mutex;
   static std::set<std::string> seen;
   std::ostringstream text;
-  text << "alula: " << op << ' ' << isa_name(current_isa()) << ' ' << dtype_name(dtype) << ' ';
+  text << "alula: " << op << ' ' << where << ' ' << dtype_name(dtype) << ' ';
   (text << ... << parts) << '\n';
   const std::lock_guard lock(mutex);
   if (seen.insert(text.str()).second) std::fputs(text.str().c_str(), stderr);
+}
+
+template <typename... Parts>
+__attribute__((noinline, cold)) void trace(const char* op, DType dtype, const Parts&... parts) {
+  trace_at(isa_name(current_isa()), op, dtype, parts...);
 }
 
 }  // namespace alula
@@ -56,4 +62,10 @@ __attribute__((noinline, cold)) void trace(const char* op, DType dtype, const Pa
   do {                                      \
     if (::alula::is_tracing()) [[unlikely]] \
       ::alula::trace(__VA_ARGS__);          \
+  } while (false)
+
+#define ALULA_TRACE_CUDA(...)                 \
+  do {                                        \
+    if (::alula::is_tracing()) [[unlikely]]   \
+      ::alula::trace_at("cuda", __VA_ARGS__); \
   } while (false)

@@ -6,6 +6,7 @@
 #include "core/trace.h"
 #include "cpu/panel_gemm_args.h"
 #include "cpu/parallel.h"
+#include "cuda/weight_layout.h"
 
 namespace alula {
 
@@ -76,15 +77,17 @@ inline void check_activation(int64_t code) {
 }
 
 // Checks a dense packed weight against N and K and returns its dtype.
-inline DType check_packed_weight(const Tensor& weight, int64_t out_features, int64_t in_features) {
-  check_cpu(weight, "weight");
+inline DType check_packed_weight(const Tensor& weight, int64_t out_features, int64_t in_features, Place place = {}) {
+  check_place(weight, "weight", place);
   ALULA_CHECK(weight.scalar_type() != ScalarType::Byte,
               "weight holds the bytes of a quantized weight, but format is 0 ",
               "(dense); give the format it was packed with (alula.ops.PackedWeight.code)");
   const DType dtype = value_dtype(weight, "weight");
   ALULA_CHECK(out_features >= 0, "out_features is ", out_features, "; it must not be negative");
   const bool paired = dtype == DType::kBFloat16;
-  const bool fits = weight.dim() == (paired ? 4 : 3) && weight.is_contiguous() &&
+  const bool fits = place.is_cuda() ? weight.dim() == 2 && weight.is_contiguous() && weight.size(0) == out_features &&
+                                          weight.size(1) == row_stride(dtype, in_features)
+                                    : weight.dim() == (paired ? 4 : 3) && weight.is_contiguous() &&
                     weight.size(0) == num_panels(out_features) && weight.size(2) == kPanelRows &&
                     weight.size(1) == (paired ? (in_features + 1) / 2 : in_features) &&
                     (!paired || weight.size(3) == 2);
@@ -93,6 +96,10 @@ inline DType check_packed_weight(const Tensor& weight, int64_t out_features, int
       in_features,
       "] (out_features, in_features); pack the plain weight with alula.ops.pack, and give an input of its in_features");
   return dtype;
+}
+
+inline void check_not_quantized_on_cuda(Place place) {
+  ALULA_CHECK(!place.is_cuda(), "quantized weights have CPU kernels only; accepted on CUDA: dense weights");
 }
 
 // The format that PackedWeight.code stands for, see WeightFormat.
@@ -130,12 +137,14 @@ struct CheckedWeight {
 };
 inline CheckedWeight checked_weight(const Tensor& weight, int64_t format_code, int64_t out_features,
                                     int64_t in_features, const Tensor& like, const char* like_name) {
+  const Place place = place_of(like, like_name);
   if (format_code == 0) [[likely]] {
-    const DType dtype = check_packed_weight(weight, out_features, in_features);
+    const DType dtype = check_packed_weight(weight, out_features, in_features, place);
     check_dtype(like, like_name, weight.scalar_type(), "the weight");
     return {dtype, {}};
   }
   const WeightFormat format = checked_format(format_code);
+  check_not_quantized_on_cuda(place);
   check_quantized_weight(weight, format, out_features, in_features);
   return {value_dtype(like, like_name), format};
 }

@@ -32,6 +32,9 @@ ALULA_EXPORT std::string missing_code(int major, int minor, const std::string& a
 // The architectures of this build; empty in a CPU-only one.
 ALULA_EXPORT std::string cuda_archs();
 
+// Which capture into a graph the stream is part of; 0 for none.
+uint64_t capture_id(const CudaStream& stream);
+
 // ALULA_SYNC=1: each launch waits for its kernel, so that an error is raised by the op that caused it.
 bool waits_for_kernels();
 

@@ -47,6 +47,13 @@ const CudaDevice& cuda_device(int index) {
   return entry.device;
 }
 
+uint64_t capture_id(const CudaStream& stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  check_cuda(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream.handle), &status, &id), "asking for a capture");
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 void check_cuda(int error, const char* what) {
   if (error == cudaSuccess) [[likely]]
     return;

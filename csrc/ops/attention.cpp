@@ -6,6 +6,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "core/cuda.h"
 #include "core/scratch.h"
 #include "core/tensor.h"
 #include "core/trace.h"
@@ -22,10 +23,10 @@ constexpr double kAloneElements = 50e3;
 
 // --- checks ------------------------------------------------------------------------------------------------------
 
-void set_mask(AttentionArgs& args, const OptionalTensor& mask, int64_t batch, int64_t longest) {
+void set_mask(AttentionArgs& args, const OptionalTensor& mask, int64_t batch, int64_t longest, Place place) {
   args.mask_kind = MaskKind::kNone;
   if (!mask) return;
-  check_cpu(*mask, "mask");
+  check_place(*mask, "mask", place);
   args.mask_kind = mask_kind_of(*mask);
   const auto fits = [](int64_t size, int64_t full) { return size == full || size == 1; };
   ALULA_CHECK(mask->dim() == 4 && fits(mask->size(0), batch) && fits(mask->size(1), args.num_heads) &&
@@ -37,11 +38,12 @@ void set_mask(AttentionArgs& args, const OptionalTensor& mask, int64_t batch, in
 }
 
 // int32 [B], each in [0, S]; contiguous on return.
-Tensor checked_lengths(const Tensor& lengths, int64_t batch, int64_t capacity) {
-  check_cpu(lengths, "lengths");
+Tensor checked_lengths(const Tensor& lengths, int64_t batch, int64_t capacity, Place place) {
+  check_place(lengths, "lengths", place);
   check_shape(lengths, "lengths", {batch}, "[B]");
   check_dtype(lengths, "lengths", ScalarType::Int, "an index");
   const Tensor result = as_contiguous(lengths);
+  if (place.is_cuda()) return result;  // the kernel takes what fits
   const auto* length = static_cast<const int32_t*>(result.const_data_ptr());
   for (int64_t b = 0; b < batch; b++) {
     ALULA_CHECK(length[b] >= 0 && length[b] <= capacity, "lengths holds ", length[b], "; kv_cache has ", capacity,
@@ -51,8 +53,8 @@ Tensor checked_lengths(const Tensor& lengths, int64_t batch, int64_t capacity) {
 }
 
 // [B, T, H * D], rows of tokens one after another with an even step.
-void check_out(const Tensor& out, int64_t batch, int64_t tokens, int64_t width, ScalarType dtype) {
-  check_cpu(out, "out");
+void check_out(const Tensor& out, int64_t batch, int64_t tokens, int64_t width, ScalarType dtype, Place place) {
+  check_place(out, "out", place);
   check_shape(out, "out", {batch, tokens, width}, "[B, T, H * D]");
   check_dtype(out, "out", dtype, "q");
   check_own_memory(out, "out");
@@ -222,20 +224,20 @@ Call<AttentionArgs> check_attention(const Tensor& q, const Tensor& kv_cache, con
                                     double scale, bool causal) {
   Call<AttentionArgs> call = {};
   AttentionArgs& args = call.args;
-  check_cpu(q, "q");
+  const Place place = place_of(q, "q");
   ALULA_CHECK(q.dim() == 4, "q has shape ", shape_of(q), "; expected [B, T, H, D]");
   args.batch = q.size(0), args.tokens = q.size(1), args.num_heads = q.size(2), args.head_dim = q.size(3);
   args.dtype = value_dtype(q, "q");
   ALULA_CHECK(kv_cache.dim() == 4, "kv_cache has shape ", shape_of(kv_cache), "; expected [B, G, S, 2 * D]");
   args.num_kv_heads = kv_cache.size(1);
   check_heads(args.num_heads, args.num_kv_heads, args.head_dim);
-  check_kv_cache(kv_cache, args.batch, args.num_kv_heads, args.head_dim);
+  check_kv_cache(kv_cache, args.batch, args.num_kv_heads, args.head_dim, place);
   check_dtype(kv_cache, "kv_cache", q.scalar_type(), "q");
-  args.positions = static_cast<const int32_t*>(call.keep(checked_positions(positions, args.batch, args.tokens)));
-  args.lengths = static_cast<const int32_t*>(call.keep(checked_lengths(lengths, args.batch, kv_cache.size(2))));
+  args.positions = static_cast<const int32_t*>(call.keep(checked_positions(positions, args.batch, args.tokens, place)));
+  args.lengths = static_cast<const int32_t*>(call.keep(checked_lengths(lengths, args.batch, kv_cache.size(2), place)));
   OptionalTensor head_factors = head_mask;
   if (head_factors) {
-    check_cpu(*head_factors, "head_mask");
+    check_place(*head_factors, "head_mask", place);
     check_shape(*head_factors, "head_mask", {args.num_heads}, "[H]");
     check_dtype(*head_factors, "head_mask", ScalarType::Float, "a factor of probabilities");
     head_factors = as_contiguous(*head_factors);
@@ -245,7 +247,10 @@ Call<AttentionArgs> check_attention(const Tensor& q, const Tensor& kv_cache, con
   args.kv_cache = kv_cache.const_data_ptr();
   for (int i = 0; i < 3; i++) args.kv_strides[i] = kv_cache.stride(i);
   args.causal = causal;
-  set_mask(args, mask, args.batch, args.batch > 0 ? *std::max_element(args.lengths, args.lengths + args.batch) : 0);
+  // On CUDA nobody knows the lengths here: keys beyond a mask are hidden.
+  const bool knows_lengths = args.batch > 0 && !place.is_cuda();
+  set_mask(args, mask, args.batch, knows_lengths ? *std::max_element(args.lengths, args.lengths + args.batch) : 0,
+           place);
   args.head_mask = static_cast<const float*>(call.keep(head_factors));
   args.scale = static_cast<float>(scale);
   return call;
@@ -253,9 +258,35 @@ Call<AttentionArgs> check_attention(const Tensor& q, const Tensor& kv_cache, con
 
 namespace {
 
-void run_into(Call<AttentionArgs> call, const Tensor& out) {
+void run_on_cuda(const AttentionArgs& args, const Tensor& like, int64_t num_slots, int64_t mask_keys) {
+  if (args.batch == 0 || args.tokens == 0) return;
+  const CudaScope scope(like);
+  const int64_t step = args.dtype == DType::kFloat32 ? 4 : 8;
+  const auto is_even = [&](const void* data) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && args.head_dim % step == 0;
+  };
+  bool is_cache_even = is_even(args.kv_cache);
+  for (const int64_t stride : args.kv_strides) is_cache_even = is_cache_even && stride % step == 0;
+  AttentionCudaArgs cuda = {num_slots, mask_keys, is_even(args.q), is_cache_even, 1, nullptr, nullptr};
+  AttentionCudaPlan plan = {};
+  ALULA_CUDA_CALL(plan = attention_cuda_plan(args, num_slots, *scope.stream().device));
+  ALULA_TRACE_CUDA("attention", args.dtype, "H ", args.num_heads, " G ", args.num_kv_heads, " D ", args.head_dim,
+                   ", batch ", size_class(args.batch), ", ", size_class(args.tokens), " tokens on up to ",
+                   size_class(num_slots), " keys", args.causal ? ", causal" : "", name_of(args.mask_kind), ": ",
+                   16 * plan.row_warps, " rows a block, keys over ", plan.num_splits, " blocks");
+  OptionalTensor workspace;
+  if (plan.num_splits > 1) {
+    workspace = new_tensor({plan.workspace_floats}, ScalarType::Float, place_of(like, "q"));
+    cuda.workspace = static_cast<float*>(workspace->mutable_data_ptr());
+    cuda.counters = zeroed_counters(like, scope, plan.num_counters);
+  }
+  ALULA_CUDA_CALL(attention_cuda(args, cuda, plan, scope.stream()));
+}
+
+void run_into(Call<AttentionArgs> call, const Tensor& kv_cache, const OptionalTensor& mask, const Tensor& out) {
   call.args.out = out.mutable_data_ptr();
   call.args.out_stride = out.stride(1);
+  if (!out.is_cpu()) return run_on_cuda(call.args, out, kv_cache.size(2), mask ? mask->size(3) : 0);
   run_attention(call.args, plan_attention(call.args));
 }
 
@@ -264,8 +295,8 @@ void run_into(Call<AttentionArgs> call, const Tensor& out) {
 Tensor attention(const Tensor& q, const Tensor& kv_cache, const Tensor& positions, const Tensor& lengths,
                  const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal) {
   Call<AttentionArgs> call = check_attention(q, kv_cache, positions, lengths, mask, head_mask, scale, causal);
-  Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2) * q.size(3)}, q.scalar_type());
-  run_into(std::move(call), out);
+  Tensor out = new_tensor({q.size(0), q.size(1), q.size(2) * q.size(3)}, q.scalar_type(), place_of(q, "q"));
+  run_into(std::move(call), kv_cache, mask, out);
   return out;
 }
 
@@ -273,11 +304,16 @@ void attention_into(const Tensor& q, const Tensor& kv_cache, const Tensor& posit
                     const OptionalTensor& mask, const OptionalTensor& head_mask, double scale, bool causal,
                     const Tensor& out) {
   Call<AttentionArgs> call = check_attention(q, kv_cache, positions, lengths, mask, head_mask, scale, causal);
-  check_out(out, q.size(0), q.size(1), q.size(2) * q.size(3), q.scalar_type());
-  run_into(std::move(call), out);
+  check_out(out, q.size(0), q.size(1), q.size(2) * q.size(3), q.scalar_type(), place_of(q, "q"));
+  run_into(std::move(call), kv_cache, mask, out);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_into", TORCH_BOX(&attention_into));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_into", TORCH_BOX(&attention_into));
 }

@@ -61,14 +61,9 @@ struct AttentionKernels {
 
 ALULA_DECLARE_KERNELS(AttentionKernels, kAttention)
 
-// --- CUDA
-// ----------------------------------------------------------------------------------------------------------------
+// --- CUDA: positions and lengths lie on the device ------------------------------------------------------------------
 
-// What the CPU's tiles hold and, there, lies on the device.
 struct AttentionCudaArgs {
-  const int32_t* positions;  // [B, T]
-  const int32_t* lengths;    // [B]
-  bool is_causal;
   int64_t num_slots;                  // S
   int64_t mask_keys;                  // S' of the mask; keys beyond are hidden
   bool is_query_even, is_cache_even;  // can be read 16 bytes at a time
@@ -85,9 +80,8 @@ struct AttentionCudaPlan {
   int64_t workspace_floats, num_counters;
 };
 
-AttentionCudaPlan attention_cuda_plan(const AttentionArgs& args, int64_t batch, int64_t num_slots,
-                                      const CudaDevice& device);
+AttentionCudaPlan attention_cuda_plan(const AttentionArgs& args, int64_t num_slots, const CudaDevice& device);
 void attention_cuda(const AttentionArgs& args, const AttentionCudaArgs& cuda, const AttentionCudaPlan& plan,
-                    int64_t batch, const CudaStream& stream);
+                    const CudaStream& stream);
 
 }  // namespace alula

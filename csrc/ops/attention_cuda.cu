@@ -82,11 +82,11 @@ __device__ __forceinline__ RowPlace place_of(const Params& p, int64_t number, in
 // How many slots a row sees; 0 for padding and beyond the last row.
 __device__ __forceinline__ int limit_of(const Params& p, int64_t batch, int64_t number, int64_t kv_head) {
   if (number >= p.num_rows) return 0;
-  const int position = p.cuda.positions[batch * p.args.tokens + place_of(p, number, kv_head).token];
-  const int64_t length = p.cuda.lengths[batch];
+  const int position = p.args.positions[batch * p.args.tokens + place_of(p, number, kv_head).token];
+  const int64_t length = p.args.lengths[batch];
   int64_t limit = length < p.cuda.num_slots ? length : p.cuda.num_slots;
   if (position < 0) return 0;
-  if (p.cuda.is_causal && position + 1 < limit) limit = position + 1;
+  if (p.args.causal && position + 1 < limit) limit = position + 1;
   return static_cast<int>(limit < 0 ? 0 : limit);
 }
 
@@ -436,10 +436,10 @@ int row_warps_for(int64_t head_dim, int64_t num_rows) {
 }
 
 template <typename T, int kD, int kRowWarps>
-void attention_as(const Params& p, int64_t batch, const CudaStream& stream) {
+void attention_as(const Params& p, const CudaStream& stream) {
   using C = Tile<T, kD, kRowWarps>;
   launch("attention_kernel", attention_kernel<C>,
-         {.blocks = {static_cast<int64_t>(p.num_row_tiles) * p.cuda.num_splits, p.args.num_kv_heads, batch},
+         {.blocks = {static_cast<int64_t>(p.num_row_tiles) * p.cuda.num_splits, p.args.num_kv_heads, p.args.batch},
           .threads = kThreads,
           .shared_bytes = C::kSharedBytes,
           .starts_before_previous = true},
@@ -447,23 +447,22 @@ void attention_as(const Params& p, int64_t batch, const CudaStream& stream) {
 }
 
 template <typename T, int kD>
-void attention_of_width(const Params& p, int row_warps, int64_t batch, const CudaStream& stream) {
+void attention_of_width(const Params& p, int row_warps, const CudaStream& stream) {
   if constexpr (kD == 256) {
-    attention_as<T, kD, 2>(p, batch, stream);
+    attention_as<T, kD, 2>(p, stream);
   } else {
-    row_warps == 1 ? attention_as<T, kD, 1>(p, batch, stream) : attention_as<T, kD, 4>(p, batch, stream);
+    row_warps == 1 ? attention_as<T, kD, 1>(p, stream) : attention_as<T, kD, 4>(p, stream);
   }
 }
 
 }  // namespace
 
-AttentionCudaPlan attention_cuda_plan(const AttentionArgs& args, int64_t batch, int64_t num_slots,
-                                      const CudaDevice& device) {
+AttentionCudaPlan attention_cuda_plan(const AttentionArgs& args, int64_t num_slots, const CudaDevice& device) {
   AttentionCudaPlan plan;
   const int64_t rows = args.tokens * (args.num_heads / args.num_kv_heads);
   plan.row_warps = row_warps_for(args.head_dim, rows);
   plan.num_row_tiles = (rows + plan.row_warps * kWarpRows - 1) / (plan.row_warps * kWarpRows);
-  const int64_t tiles = plan.num_row_tiles * args.num_kv_heads * batch;
+  const int64_t tiles = plan.num_row_tiles * args.num_kv_heads * args.batch;
   // Two blocks a multiprocessor, and at least two tiles of keys for each block when the cache is full.
   const int64_t room = tiles == 0 ? 1 : 2 * device.num_multiprocessors / tiles;
   const int64_t most = num_slots / (2 * 64);
@@ -476,7 +475,7 @@ AttentionCudaPlan attention_cuda_plan(const AttentionArgs& args, int64_t batch, 
 }
 
 void attention_cuda(const AttentionArgs& args, const AttentionCudaArgs& cuda, const AttentionCudaPlan& plan,
-                    int64_t batch, const CudaStream& stream) {
+                    const CudaStream& stream) {
   ALULA_CHECK(cuda.num_slots < (1 << 24), "kv_cache has ", cuda.num_slots, " slots; accepted: below 2^24");
   Params p = {args, cuda, args.tokens * (args.num_heads / args.num_kv_heads), static_cast<int>(plan.num_row_tiles),
               false};
@@ -487,11 +486,11 @@ void attention_cuda(const AttentionArgs& args, const AttentionCudaArgs& cuda, co
     using T = typename decltype(tag)::Type;
     switch (head_dim_bucket(args.head_dim)) {
       case 64:
-        return attention_of_width<T, 64>(p, plan.row_warps, batch, stream);
+        return attention_of_width<T, 64>(p, plan.row_warps, stream);
       case 128:
-        return attention_of_width<T, 128>(p, plan.row_warps, batch, stream);
+        return attention_of_width<T, 128>(p, plan.row_warps, stream);
       default:
-        return attention_of_width<T, 256>(p, plan.row_warps, batch, stream);
+        return attention_of_width<T, 256>(p, plan.row_warps, stream);
     }
   });
 }

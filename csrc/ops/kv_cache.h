@@ -15,8 +15,9 @@ inline void check_heads(int64_t num_heads, int64_t num_kv_heads, int64_t head_di
 }
 
 // [B, G, S, 2 * D], last dimension contiguous.
-inline void check_kv_cache(const Tensor& kv_cache, int64_t batch, int64_t num_kv_heads, int64_t head_dim) {
-  check_cpu(kv_cache, "kv_cache");
+inline void check_kv_cache(const Tensor& kv_cache, int64_t batch, int64_t num_kv_heads, int64_t head_dim,
+                           Place place = {}) {
+  check_place(kv_cache, "kv_cache", place);
   check_shape(kv_cache, "kv_cache", {batch, num_kv_heads, -1, 2 * head_dim}, "[B, G, S, 2 * D]");
   ALULA_CHECK(kv_cache.stride(3) == 1, "kv_cache has stride ", kv_cache.stride(3),
               " in its last dimension; it must be contiguous there");
@@ -40,16 +41,16 @@ inline void check_token_rows(const Tensor& t, const char* name) {
 }
 
 // int32 [B, T], contiguous on return.
-inline Tensor checked_positions(const Tensor& positions, int64_t batch, int64_t tokens) {
-  check_cpu(positions, "positions");
+inline Tensor checked_positions(const Tensor& positions, int64_t batch, int64_t tokens, Place place = {}) {
+  check_place(positions, "positions", place);
   check_shape(positions, "positions", {batch, tokens}, "[B, T]");
   check_dtype(positions, "positions", ScalarType::Int, "an index");
   return as_contiguous(positions);
 }
 
 // fp32 [P, rotary_dim]: cosines, then sines; contiguous on return.
-inline Tensor checked_rotary_table(const Tensor& table, int64_t head_dim) {
-  check_cpu(table, "rotary_table");
+inline Tensor checked_rotary_table(const Tensor& table, int64_t head_dim, Place place = {}) {
+  check_place(table, "rotary_table", place);
   check_dtype(table, "rotary_table", ScalarType::Float, "a table of angles");
   ALULA_CHECK(table.dim() == 2 && table.size(1) > 0 && table.size(1) % 2 == 0 && table.size(1) <= head_dim,
               "rotary_table has shape ", shape_of(table),

@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "core/cuda.h"
 #include "core/scratch.h"
 #include "core/tensor.h"
 #include "core/trace.h"
@@ -17,7 +18,7 @@ constexpr int64_t kValuesPerThread = 16 * 1024;
 
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps,
                   const OptionalTensor& residual) {
-  check_cpu(x, "x");
+  const Place place = place_of(x, "x");
   const DType dtype = value_dtype(x, "x");
   ALULA_CHECK(x.dim() >= 1, "x has no dimensions; expected [..., E]");
   const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -26,14 +27,14 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   const OptionalTensor b = feature_vector(bias, "bias", width, x, "x");
   OptionalTensor r = residual;
   if (r) {
-    check_cpu(*r, "residual");
+    check_place(*r, "residual", place);
     check_dtype(*r, "residual", x.scalar_type(), "x");
     const bool fits = std::vector<int64_t>(r->sizes().begin(), r->sizes().end()) == sizes;
     ALULA_CHECK(fits, "residual has shape ", shape_of(*r), "; expected that of x, ", shape_of(x));
     r = as_contiguous(r);
   }
   const Tensor input = as_contiguous(x);
-  Tensor out = new_large_tensor(sizes, x.scalar_type());
+  Tensor out = new_large_tensor(sizes, x.scalar_type(), place);
 
   if (out.numel() == 0) return out;
   const LayerNormArgs args = {
@@ -47,6 +48,13 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& b
       .eps = static_cast<float>(eps),
       .writes_past_caches = is_beyond_caches(out.numel() * out.element_size()),
   };
+  if (place.is_cuda()) {
+    const CudaScope scope(x);
+    ALULA_TRACE_CUDA("layer_norm", dtype, size_class(out.numel() / width), " rows of ", width,
+                     r ? " with residual" : "");
+    ALULA_CUDA_CALL(layer_norm_cuda(args, out.numel() / width, scope.stream()));
+    return out;
+  }
   ALULA_TRACE("layer_norm", dtype, size_class(out.numel() / width), " rows of ", width, r ? " with residual" : "",
               args.writes_past_caches ? ": result past the caches" : ": result through the caches");
   const LayerNormKernels& kernels = ALULA_KERNELS(kLayerNorm);
@@ -60,5 +68,6 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& b
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm)); }
 
 }  // namespace alula

@@ -2,11 +2,13 @@
 
 #include <array>
 
+#include "core/cuda.h"
 #include "core/tensor.h"
 #include "cpu/panel_gemm_parallel.h"
 #include "ops/calls.h"
 
 namespace alula {
+
 Call<PanelGemmArgs> check_gemm_weights(const Tensor& weight, int64_t format, int64_t out_features, int64_t in_features,
                                        const Tensor& like, const char* like_name, const OptionalTensor& bias,
                                        const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
@@ -34,14 +36,14 @@ Call<PanelGemmArgs> check_gemm_weights(const Tensor& weight, int64_t format, int
 Call<LinearArgs> check_linear(const Tensor& x, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
                               const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
                               int64_t activation, const OptionalTensor& residual, int64_t format) {
-  check_cpu(x, "x");
+  const Place place = place_of(x, "x");
   ALULA_CHECK(x.dim() >= 1, "x has no dimensions; expected [..., in_features]");
   const int64_t k = x.size(x.dim() - 1);
   Call<PanelGemmArgs> gemm =
       check_gemm_weights(weight, format, out_features, k, x, "x", bias, norm_weight, norm_bias, norm_eps);
   check_activation(activation);
   if (residual) {
-    check_cpu(*residual, "residual");
+    check_place(*residual, "residual", place);
     check_dtype(*residual, "residual", x.scalar_type(), dtype_owner(format));
     bool fits = residual->dim() == x.dim() && residual->size(x.dim() - 1) == out_features;
     for (int64_t i = 0; i + 1 < x.dim(); i++) fits = fits && residual->size(i) == x.size(i);
@@ -64,6 +66,30 @@ void run_linear(const LinearArgs& args) {
                  });
 }
 
+namespace {
+
+// `out` where the kernel fills it, else the library's product, which takes its place.
+Tensor linear_on_cuda(LinearArgs& args, const Tensor& x, const Tensor& weight, const Tensor& out) {
+  const PanelGemmArgs& gemm = args.gemm;
+  if (gemm.m == 0 || gemm.n == 0) return out;
+  const CudaScope scope(x);
+  const bool is_few = gemm.m <= kMaxFewRows;
+  ALULA_TRACE_CUDA("linear", gemm.dtype, size_class(gemm.m), " rows, ", gemm.k, " -> ", gemm.n,
+                   gemm.norm_weight ? ", layer norm" : "", is_few ? ": one kernel" : ": library product");
+  if (is_few) {
+    ALULA_CUDA_CALL(linear_few_rows_cuda(args, scope.stream()));
+    return out;
+  }
+  const Tensor product = torch::stable::reshape(library_product(gemm, x, weight, scope), out.sizes());
+  args.out = product.mutable_data_ptr();
+  if (gemm.bias || args.activation || args.residual) {
+    ALULA_CUDA_CALL(linear_epilogue_cuda(args, scope.stream()));
+  }
+  return product;
+}
+
+}  // namespace
+
 Tensor linear(const Tensor& x, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
               const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, int64_t activation,
               const OptionalTensor& residual, int64_t format) {
@@ -71,12 +97,15 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t out_features, const
       check_linear(x, weight, out_features, bias, norm_weight, norm_bias, norm_eps, activation, residual, format);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out_features;
-  Tensor out = torch::stable::empty(sizes, x.scalar_type());
+  const Place place = place_of(x, "x");
+  Tensor out = new_tensor(sizes, x.scalar_type(), place);
   call.args.out = out.mutable_data_ptr();
+  if (place.is_cuda()) return linear_on_cuda(call.args, as_contiguous(x), weight, out);
   run_linear(call.args);
   return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("linear", TORCH_BOX(&linear)); }
 
 }  // namespace alula

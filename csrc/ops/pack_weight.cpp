@@ -1,5 +1,7 @@
 // pack_weight, unpack_weight: a plain weight [N, K] to and from panels of 32 rows, K-major (cpu/panel_gemm_args.h).
 //
+// On CUDA a packed weight has rows (cuda/weight_layout.h).
+//
 // Pure moves of 2- or 4-byte elements, done once at load, in address order of the packed side. Any strides of the plain
 // side, so that a transposed (Conv1D) checkpoint tensor is packed from its view.
 #include "core/tensor.h"
@@ -41,13 +43,23 @@ void unpack_panels(const T* packed, int64_t n, int64_t k, T* weight) {
   });
 }
 
+// cuda/weight_layout.h: by torch's own copies.
+Tensor with_padded_rows(const Tensor& weight, int64_t stride, Place place) {
+  Tensor packed = new_tensor({weight.size(0), stride}, weight.scalar_type(), place);
+  if (stride != weight.size(1)) torch::stable::zero_(packed);
+  Tensor rows = torch::stable::narrow(packed, 1, 0, weight.size(1));
+  torch::stable::copy_(rows, weight);
+  return packed;
+}
+
 }  // namespace
 
 Tensor pack_weight(const Tensor& weight) {
-  check_cpu(weight, "weight");
+  const Place place = place_of(weight, "weight");
   ALULA_CHECK(weight.dim() == 2, "weight has shape ", shape_of(weight), "; expected [out_features, in_features]");
   const DType dtype = value_dtype(weight, "weight");
   const int64_t n = weight.size(0), k = weight.size(1);
+  if (place.is_cuda()) return with_padded_rows(weight, row_stride(dtype, k), place);
   const bool paired = dtype == DType::kBFloat16;
   Tensor packed = paired ? new_weight_tensor({num_panels(n), (k + 1) / 2, kPanelRows, 2}, weight.scalar_type())
                          : new_weight_tensor({num_panels(n), k, kPanelRows}, weight.scalar_type());
@@ -66,7 +78,12 @@ Tensor pack_weight(const Tensor& weight) {
 }
 
 Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_features) {
-  const DType dtype = check_packed_weight(packed, out_features, in_features);
+  const Place place = place_of(packed, "weight");
+  const DType dtype = check_packed_weight(packed, out_features, in_features, place);
+  if (place.is_cuda()) {
+    Tensor whole = packed;
+    return torch::stable::clone(torch::stable::contiguous(torch::stable::narrow(whole, 1, 0, in_features)));
+  }
   Tensor weight = torch::stable::empty({out_features, in_features}, packed.scalar_type());
   if (dtype == DType::kBFloat16) {
     unpack_panels<uint16_t, 2>(static_cast<const uint16_t*>(packed.const_data_ptr()), out_features, in_features,
@@ -82,6 +99,11 @@ Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_feat
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
 }

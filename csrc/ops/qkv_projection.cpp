@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "core/cuda.h"
 #include "core/tensor.h"
 #include "cpu/panel_gemm_parallel.h"
 #include "ops/calls.h"
@@ -15,7 +16,7 @@ Call<QkvProjectionArgs> check_qkv_projection(const Tensor& x, const Tensor& weig
                                              const Tensor& kv_cache, const Tensor& positions,
                                              const OptionalTensor& rotary_table, const OptionalTensor& rotary_positions,
                                              const OptionalTensor& mlp, int64_t mlp_activation, int64_t format) {
-  check_cpu(x, "x");
+  const Place place = place_of(x, "x");
   ALULA_CHECK(x.dim() == 3, "x has shape ", shape_of(x), "; expected [B, T, E]");
   const int64_t batch = x.size(0), tokens = x.size(1), k = x.size(2);
   check_heads(num_heads, num_kv_heads, head_dim);
@@ -24,11 +25,11 @@ Call<QkvProjectionArgs> check_qkv_projection(const Tensor& x, const Tensor& weig
   const int64_t n = (num_heads + 2 * num_kv_heads) * head_dim + mlp_features;
   Call<PanelGemmArgs> gemm = check_gemm_weights(weight, format, n, k, x, "x", bias, norm_weight, norm_bias, norm_eps);
   Call<QkvProjectionArgs> call = {{}, std::move(gemm.kept)};
-  check_kv_cache(kv_cache, batch, num_kv_heads, head_dim);
+  check_kv_cache(kv_cache, batch, num_kv_heads, head_dim, place);
   check_dtype(kv_cache, "kv_cache", x.scalar_type(), dtype_owner(format));
   check_own_memory(kv_cache, "kv_cache");
-  const auto* slot = static_cast<const int32_t*>(call.keep(checked_positions(positions, batch, tokens)));
-  for (int64_t i = 0; i < batch * tokens; i++) {
+  const auto* slot = static_cast<const int32_t*>(call.keep(checked_positions(positions, batch, tokens, place)));
+  for (int64_t i = 0; i < batch * tokens && !place.is_cuda(); i++) {  // on CUDA the kernel looks at them
     ALULA_CHECK(slot[i] < kv_cache.size(2), "positions holds ", slot[i], "; kv_cache has room for positions below ",
                 kv_cache.size(2));
   }
@@ -37,12 +38,12 @@ Call<QkvProjectionArgs> check_qkv_projection(const Tensor& x, const Tensor& weig
               "rotary_table and rotary_positions go together; one of them is missing");
   OptionalTensor table, turns;
   if (rotary_table) {
-    table = checked_rotary_table(*rotary_table, head_dim);
-    turns = checked_positions(*rotary_positions, batch, tokens);
-    check_rotary_positions(*turns, *table);
+    table = checked_rotary_table(*rotary_table, head_dim, place);
+    turns = checked_positions(*rotary_positions, batch, tokens, place);
+    if (!place.is_cuda()) check_rotary_positions(*turns, *table);
   }
   if (mlp) {
-    check_cpu(*mlp, "mlp");
+    check_place(*mlp, "mlp", place);
     check_shape(*mlp, "mlp", {batch, tokens, -1}, "[B, T, F]");
     check_dtype(*mlp, "mlp", x.scalar_type(), dtype_owner(format));
     check_own_memory(*mlp, "mlp");
@@ -80,6 +81,27 @@ void run_qkv_projection(const QkvProjectionArgs& args) {
                  });
 }
 
+namespace {
+
+void run_on_cuda(const QkvProjectionArgs& args, const Tensor& x, const Tensor& weight,
+                 [[maybe_unused]] int64_t num_slots, [[maybe_unused]] int64_t num_rotary_positions) {
+  const PanelGemmArgs& gemm = args.gemm;
+  if (gemm.m == 0) return;
+  const CudaScope scope(x);
+  const bool is_few = gemm.m <= kMaxFewRows;
+  ALULA_TRACE_CUDA("qkv_projection", gemm.dtype, size_class(gemm.m), " rows, ", gemm.k, " -> ", gemm.n,
+                   gemm.norm_weight ? ", layer norm" : "", is_few ? ": one kernel" : ": library product");
+  if (is_few) {
+    ALULA_CUDA_CALL(qkv_projection_few_rows_cuda(args, num_slots, num_rotary_positions, scope.stream()));
+    return;
+  }
+  const Tensor product = library_product(gemm, x, weight, scope);
+  ALULA_CUDA_CALL(qkv_projection_epilogue_cuda(args, product.const_data_ptr(), num_slots, num_rotary_positions,
+                                               scope.stream()));
+}
+
+}  // namespace
+
 Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
                       int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, const Tensor& kv_cache,
@@ -89,12 +111,18 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   Call<QkvProjectionArgs> call =
       check_qkv_projection(x, weight, bias, norm_weight, norm_bias, norm_eps, num_heads, num_kv_heads, head_dim,
                            kv_cache, positions, rotary_table, rotary_positions, mlp, mlp_activation, format);
-  Tensor q = torch::stable::empty({x.size(0), x.size(1), num_heads, head_dim}, x.scalar_type());
+  const Place place = place_of(x, "x");
+  Tensor q = new_tensor({x.size(0), x.size(1), num_heads, head_dim}, x.scalar_type(), place);
   call.args.q = q.mutable_data_ptr();
+  if (place.is_cuda()) {
+    run_on_cuda(call.args, as_contiguous(x), weight, kv_cache.size(2), rotary_table ? rotary_table->size(0) : 0);
+    return q;
+  }
   run_qkv_projection(call.args);
   return q;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("qkv_projection", TORCH_BOX(&qkv_projection)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("qkv_projection", TORCH_BOX(&qkv_projection)); }
 
 }  // namespace alula

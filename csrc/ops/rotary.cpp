@@ -3,6 +3,7 @@
 #include <array>
 #include <tuple>
 
+#include "core/cuda.h"
 #include "core/trace.h"
 #include "cpu/parallel.h"
 #include "ops/kv_cache.h"
@@ -33,18 +34,26 @@ RotaryArgs rotary_args(const Tensor& x, const char* name, const Tensor& out, con
 // Both tensors in one pass over the tokens, so that a token's table row is read once.
 void run(const Tensor& q, const Tensor& k, const Tensor& q_out, const Tensor& k_out, const Tensor& positions,
          const Tensor& table, bool is_interleaved) {
-  check_cpu(q, "q");
-  check_cpu(k, "k");
+  const Place place = place_of(q, "q");
+  check_place(k, "k", place);
   ALULA_CHECK(q.dim() == 4, "q has shape ", shape_of(q), "; expected [B, T, H, D]");
   const int64_t batch = q.size(0), tokens = q.size(1), head_dim = q.size(3);
   check_shape(k, "k", {batch, tokens, -1, head_dim}, "[B, T, G, D]");
   check_dtype(k, "k", q.scalar_type(), "q");
   ALULA_CHECK(head_dim <= kMaxHeadDim, "head_dim is ", head_dim, "; accepted: up to ", kMaxHeadDim);
-  const Tensor where = checked_positions(positions, batch, tokens);
-  const Tensor angles = checked_rotary_table(table, head_dim);
-  check_rotary_positions(where, angles);
+  const Tensor where = checked_positions(positions, batch, tokens, place);
+  const Tensor angles = checked_rotary_table(table, head_dim, place);
+  if (!place.is_cuda()) check_rotary_positions(where, angles);
   const RotaryArgs of_q = rotary_args(q, "q", q_out, where, angles, is_interleaved);
   const RotaryArgs of_k = rotary_args(k, "k", k_out, where, angles, is_interleaved);
+  if (place.is_cuda()) {
+    if (batch * tokens == 0) return;
+    const CudaScope scope(q);
+    ALULA_TRACE_CUDA("rotary", of_q.dtype, size_class(batch * tokens), " tokens, head size ", head_dim,
+                     is_interleaved ? ", interleaved" : ", halves");
+    ALULA_CUDA_CALL(rotary_cuda(of_q, of_k, batch * tokens, angles.size(0), scope.stream()));
+    return;
+  }
   ALULA_TRACE("rotary", of_q.dtype, size_class(batch * tokens), " tokens, head size ", head_dim,
               is_interleaved ? ", interleaved" : ", halves");
   const RotaryKernels& kernels = ALULA_KERNELS(kRotary);
@@ -62,8 +71,9 @@ void run(const Tensor& q, const Tensor& k, const Tensor& q_out, const Tensor& k_
 std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& table,
                                   bool is_interleaved) {
   const Tensor q_in = as_contiguous(q), k_in = as_contiguous(k);
-  Tensor q_out = torch::stable::empty(q.sizes(), q.scalar_type());
-  Tensor k_out = torch::stable::empty(k.sizes(), k.scalar_type());
+  const Place place = place_of(q, "q");
+  Tensor q_out = new_tensor(q.sizes(), q.scalar_type(), place);
+  Tensor k_out = new_tensor(k.sizes(), k.scalar_type(), place);
   run(q_in, k_in, q_out, k_out, positions, table, is_interleaved);
   return {q_out, k_out};
 }
@@ -75,6 +85,11 @@ void rotary_(const Tensor& q, const Tensor& k, const Tensor& positions, const Te
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
+  m.impl("rotary", TORCH_BOX(&rotary));
+  m.impl("rotary_", TORCH_BOX(&rotary_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) {
   m.impl("rotary", TORCH_BOX(&rotary));
   m.impl("rotary_", TORCH_BOX(&rotary_));
 }

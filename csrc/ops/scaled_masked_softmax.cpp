@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "core/cuda.h"
 #include "core/scratch.h"
 #include "core/tensor.h"
 #include "core/trace.h"
@@ -31,13 +32,13 @@ std::vector<int64_t> broadcast_strides(const Tensor& mask, const Tensor& scores)
 
 Tensor scaled_masked_softmax(const Tensor& scores, const OptionalTensor& mask, double scale, bool causal,
                              std::optional<ScalarType> dtype) {
-  check_cpu(scores, "scores");
+  const Place place = place_of(scores, "scores");
   const DType in_dtype = value_dtype(scores, "scores");
   ALULA_CHECK(scores.dim() >= (causal ? 2 : 1), "scores has shape ", shape_of(scores), "; expected ",
               causal ? "[..., T, S], as causal is set" : "[..., S]");
   std::vector<int64_t> strides(scores.dim(), 0);
   if (mask) {
-    check_cpu(*mask, "mask");
+    check_place(*mask, "mask", place);
     strides = broadcast_strides(*mask, scores);
   }
   const Tensor input = as_contiguous(scores);
@@ -45,7 +46,7 @@ Tensor scaled_masked_softmax(const Tensor& scores, const OptionalTensor& mask, d
   const ScalarType out_type = dtype.value_or(scores.scalar_type());
   ALULA_CHECK(out_type == ScalarType::Float || out_type == ScalarType::BFloat16 || out_type == ScalarType::Half,
               "dtype is ", name_of(out_type), "; accepted: float32, bfloat16, float16");
-  Tensor out = new_large_tensor(sizes, out_type);
+  Tensor out = new_large_tensor(sizes, out_type, place);
 
   const int64_t keys = sizes.back();
   if (out.numel() == 0) return out;
@@ -66,6 +67,14 @@ Tensor scaled_masked_softmax(const Tensor& scores, const OptionalTensor& mask, d
       .mask_strides = strides.data(),
       .mask_key_stride = strides.back(),
   };
+  if (place.is_cuda()) {
+    const CudaScope scope(scores);
+    ALULA_TRACE_CUDA("scaled_masked_softmax", in_dtype, size_class(out.numel() / keys), " rows of ", size_class(keys),
+                     " -> ", dtype_name(args.out_dtype), mask ? ", mask " + name_of(mask->scalar_type()) : "",
+                     causal ? ", causal" : "");
+    ALULA_CUDA_CALL(scaled_masked_softmax_cuda(args, out.numel() / keys, scope.stream()));
+    return out;
+  }
   ALULA_TRACE("scaled_masked_softmax", in_dtype, size_class(out.numel() / keys), " rows of ", size_class(keys), " -> ",
               dtype_name(args.out_dtype), mask ? ", mask " + name_of(mask->scalar_type()) : "",
               causal ? ", causal" : "", args.out_dtype == DType::kFloat32 ? ": exp" : ": 2^x",
@@ -81,5 +90,6 @@ Tensor scaled_masked_softmax(const Tensor& scores, const OptionalTensor& mask, d
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("scaled_masked_softmax", TORCH_BOX(&scaled_masked_softmax)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("scaled_masked_softmax", TORCH_BOX(&scaled_masked_softmax)); }
 
 }  // namespace alula

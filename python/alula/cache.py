@@ -87,7 +87,7 @@ class KVCache:
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = config.head_dim
         self.dtype: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index
         self.max_length = max_length
         self.layers: list[Tensor] = []
         self.cross: CrossKeyValues | None = None

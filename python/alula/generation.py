@@ -212,6 +212,14 @@ class Generation:
 
     def _choose(self, logits: Tensor) -> list[int]:
         """Choose a token of `logits` float32 [B, V] for each row that runs, padding for the others."""
+        if logits.is_cuda and not self.config.do_sample:  # two numbers a row cross over, not the vocabulary
+            largest, tokens = torch.stack([*logits.max(dim=-1)]).tolist()
+            if any(value != value for value in largest):
+                raise ValueError("the largest logit is NaN")
+            return [
+                self._pad_id if reason else int(token)
+                for reason, token in zip(self.finish_reasons, tokens, strict=True)
+            ]
         rows = logits.cpu().numpy()
         return [
             self._pad_id if reason else choose(row)

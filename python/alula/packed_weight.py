@@ -143,7 +143,10 @@ def pack(
 # --- shapes without data -------------------------------------------------------------------------------------------
 
 
-def _packed_shape(n: int, k: int, dtype: torch.dtype) -> list[int]:
+def _packed_shape(n: int, k: int, dtype: torch.dtype, device: torch.device) -> list[int]:
+    if device.type == "cuda":  # csrc/cuda/weight_layout.h
+        step = 16 // dtype.itemsize
+        return [n, (k + step - 1) // step * step]
     panels = (n + 31) // 32
     return [panels, (k + 1) // 2, 32, 2] if dtype == torch.bfloat16 else [panels, k, 32]
 
@@ -158,7 +161,7 @@ def panel_bytes(code: int, k: int) -> int:
 
 @torch.library.register_fake("alula::pack_weight")
 def _(weight):
-    return weight.new_empty(_packed_shape(weight.shape[0], weight.shape[1], weight.dtype))
+    return weight.new_empty(_packed_shape(weight.shape[0], weight.shape[1], weight.dtype, weight.device))
 
 
 @torch.library.register_fake("alula::unpack_weight")

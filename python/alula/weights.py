@@ -385,7 +385,7 @@ def save_weights(
             temporary = folder / f".{file_name}.{os.getpid()}.tmp"
             written.append((temporary, folder / file_name))
             entries = [(name, slots[name].dtype, slots[name].shape) for name in members]
-            write_safetensors(temporary, entries, lambda name: slots[name].read(), metadata or {})
+            write_safetensors(temporary, entries, lambda name: slots[name].read().cpu(), metadata or {})
         if count > 1:
             temporary = folder / f".{INDEX}.{os.getpid()}.tmp"
             written.append((temporary, folder / INDEX))

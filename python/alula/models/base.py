@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from alula.cache import KVCache
 from alula.config import PretrainedConfig, parse_dtype
+from alula.devices import checked_device
 from alula.models.heads import LMHead
 from alula.models.layers import DENSE, Embedding, Linear, Module
 from alula.models.quantizing import Quantizable, StoredMatrices, stored_quantization
@@ -27,11 +28,6 @@ __all__ = ["PreTrainedModel"]
 def _resolve_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
     dtype = torch_dtype if dtype is None else dtype
     return None if dtype is None or dtype == "auto" else check_dtype(parse_dtype(dtype))
-
-
-def _check_device(device: torch.device | str | None) -> None:
-    if device is not None and torch.device(device).type != "cpu":
-        raise ValueError(f"device {str(device)!r} is not supported by this build; accepted: cpu")
 
 
 class PreTrainedModel(Quantizable, Module):
@@ -85,7 +81,7 @@ class PreTrainedModel(Quantizable, Module):
             config: used instead of the folder's.
             dtype: float32, bfloat16, float16 or their names; None or "auto": the checkpoint's. ``torch_dtype`` is its
                 older name.
-            device: "cpu".
+            device: "cpu", or a GPU as "cuda" or "cuda:1" where the build has CUDA kernels for it.
             quantize: "int8", "int4", "int4_asymmetric" or "nf4": matrices are quantized one by one as they are read,
                 with ``group_size`` and all but those that ``keep`` names, see :meth:`quantize`.
             activations: "int8" (the default of quantized matrices) or "full", see :meth:`quantize`; of a folder that is
@@ -97,7 +93,7 @@ class PreTrainedModel(Quantizable, Module):
         Raises FileNotFoundError for a missing file and ValueError for anything in it that does not fit, naming file
         and tensor.
         """
-        _check_device(device)
+        device = checked_device(device)
         dtype = _resolve_dtype(dtype, torch_dtype)
         if config is None:
             values = cls.config_class.get_config_dict(path)
@@ -131,6 +127,8 @@ class PreTrainedModel(Quantizable, Module):
             warnings.warn(f"{path} lacks {', '.join(missing)}: initialised at random", stacklevel=2)
             model.init_weights(missing)
         config.dtype = dtype
+        if device.type != "cpu":
+            model.to(device)
         model.base_model._bind()
         return model
 
@@ -208,7 +206,16 @@ class PreTrainedModel(Quantizable, Module):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        """Where the weights are, and what the model returns."""
+        return self.get_input_embeddings().device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
+        super()._apply(fn, recurse)
+        for name in ("_positions", "_rotary_table"):  # tables that are no weights
+            table = self.__dict__.get(name)
+            if table is not None:
+                self.__dict__[name] = table.to(self.device)
+        return self
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of weights, tied ones once. Nothing is trainable."""

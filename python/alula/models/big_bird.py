@@ -160,7 +160,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
         has_positions = position_ids is not None
         position_ids = self._checked_positions(position_ids, batch, tokens, past)
         if token_type_ids is None:
-            token_type_ids = torch.zeros(batch, tokens, dtype=torch.int64)
+            token_type_ids = torch.zeros(batch, tokens, dtype=torch.int64, device=self.device)
         else:
             token_type_ids = self._check_broadcast("token_type_ids", token_type_ids, batch, tokens)
             token_type_ids = token_type_ids.expand(batch, tokens)

@@ -252,7 +252,7 @@ class BigBirdForQuestionAnswering(BigBirdWithHead):
             question_lengths = self._question_lengths(input_ids, question_lengths, given.shape[0])
         is_question = None
         if question_lengths is not None:
-            is_question = torch.arange(given.shape[1]) < question_lengths
+            is_question = torch.arange(given.shape[1], device=given.device) < question_lengths
             if token_type_ids is None:
                 token_type_ids = (~is_question).long()
             is_question[:, 0] = False  # [CLS] may stand for "there is no answer"

@@ -92,6 +92,9 @@ class BlockStack(Sequence[T]):
     def __init__(self, blocks: Sequence[T], shape: BlockShape) -> None:
         self._blocks = list(blocks)
         self._shape = shape
+        if self._blocks[0][0].is_cuda:  # where the ops run one by one
+            self.run = None
+            return
         self.run = ops.DecoderBlocks(
             [tensor for block in self._blocks for tensor in block],
             is_parallel=isinstance(self._blocks[0], ParallelBlockWeights),
@@ -161,7 +164,7 @@ def bind_parallel_block(
 
 def _bias(layer: Linear) -> Tensor:
     bias = layer.stored_bias()
-    return torch.zeros(layer.out_features, dtype=layer.dtype) if bias is None else bias
+    return torch.zeros(layer.out_features, dtype=layer.dtype, device=layer.device) if bias is None else bias
 
 
 # Called in every block with (layer index, block input [B, T, E], query [B, T, H, D]).
@@ -183,7 +186,8 @@ def run_blocks(
     cross: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Runs pre-layer-norm blocks: QKV (normed), attention, output (+ residual), MLP in (normed, activated), MLP out
-    (+ residual). One op call for all, or with padding after tokens, ``observe`` or ``cross``, five calls a block.
+    (+ residual). One op call for all, or on CUDA and with padding after tokens, ``observe`` or ``cross``, five calls
+    a block.
 
     Args:
         x: [B, T, E]. kv_layers: per block [B, G, S, 2*D], written. positions, lengths: int32 [B, T], [B].
@@ -196,7 +200,7 @@ def run_blocks(
 
     Returns: [B, T, E], not normed.
     """
-    if padding_positions is None and observe is None and cross is None:
+    if not x.is_cuda and padding_positions is None and observe is None and cross is None:
         return blocks.run(x, kv_layers, positions, lengths, mask=mask, head_masks=head_masks or (), causal=causal)
     heads, kv_heads, head_dim, _, _, scales, eps, activation = shape
     for layer, (n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc_w, fc_b, proj_w, proj_b) in enumerate(blocks):
@@ -245,14 +249,14 @@ def run_parallel_blocks(
     rotary_positions: Tensor,
 ) -> Tensor:
     """Runs parallel blocks ``x + attention(norm(x)) + mlp(norm(x))``: QKV and MLP in as one product (normed, turned,
-    activated), attention, attention output and MLP out as one product (+ residual). One op call for all, or with
-    padding after tokens or ``observe``, three calls a block.
+    activated), attention, attention output and MLP out as one product (+ residual). One op call for all, or on
+    CUDA and with padding after tokens or ``observe``, three calls a block.
 
     Attention and MLP in write side by side into one [B, T, E + F], which the last product reads.
 
     Args: as :func:`run_blocks`; rotary_table: float32 [P, rotary_dim]; rotary_positions: int32 [B, T], its rows.
     """
-    if padding_positions is None and observe is None:
+    if not x.is_cuda and padding_positions is None and observe is None:
         return blocks.run(
             x,
             kv_layers,

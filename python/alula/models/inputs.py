@@ -27,7 +27,7 @@ class InputChecks:
     _shape: BlockShape
 
     def _check_device(self, name: str, tensor: Tensor) -> None:
-        if tensor.device.type != "cpu":
+        if tensor.device != self.device:
             raise ValueError(f"{name} is on {tensor.device}, the model on {self.device}")
 
     def _check_ids(self, name: str, ids: Tensor) -> Tensor:
@@ -59,6 +59,8 @@ class InputChecks:
                 f"past_key_values is of another model: (layers, key/value heads, head size, dtype) = {have}; "
                 f"accepted: {need}"
             )
+        if cache.device != self.device:
+            raise ValueError(f"past_key_values is on {cache.device}, the model on {self.device}")
         if cache.batch_size != batch:
             raise ValueError(f"past_key_values has a batch of {cache.batch_size}, the input one of {batch}")
         return cache.get_seq_length()

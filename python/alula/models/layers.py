@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from alula import ops
+from alula.devices import checked_device
 from alula.ops import PackedWeight
 from alula.weights import check_dtype
 
@@ -159,6 +160,7 @@ class WeightModule(Module):
         super().__init__()
         self.shapes = shapes
         self.dtype = dtype
+        self.device = torch.device("cpu")
         self._packed_names = packed
         self.format = DENSE
         self.error: float | None = None  # relative, of what is quantized, where it is known
@@ -188,7 +190,7 @@ class WeightModule(Module):
             raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(self.shapes[name])}")
         check_dtype(value.dtype, f"{name}: dtype")
         with torch.inference_mode(False), torch.no_grad():
-            value = self._from_checkpoint(value.detach())
+            value = self._from_checkpoint(value.detach().to(self.device))
             self.store(name, self.format.pack(value) if name in self._packed_names else value.clone().contiguous())
 
     def store(self, name: str, stored: Tensor | PackedWeight | PackedPart) -> None:
@@ -241,19 +243,26 @@ class WeightModule(Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightModule:
         for child in self.children():
             child._apply(fn)
-        probe = fn(torch.empty(0, dtype=self.dtype))
-        if probe.device.type != "cpu":
-            raise ValueError(f"device {probe.device} is not supported by this build; accepted: cpu")
-        if probe.dtype != self.dtype:
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        device = checked_device(probe.device)
+        if probe.dtype != self.dtype or device != self.device:
             check_dtype(probe.dtype)
+            moved = device != self.device
+            if moved and device.type != "cpu" and any(getattr(stored, "code", 0) for stored in self._data.values()):
+                raise ValueError(f"device {device} cannot take quantized weights, which have CPU kernels only")
+            values = {}
             for name, stored in list(self._data.items()):
                 if isinstance(stored, Tensor) or not stored.code:
-                    self.write(name, self.read(name).to(probe.dtype))
+                    values[name] = self.read(name).to(probe.dtype)
                 elif isinstance(stored, PackedPart):
                     self.store(name, stored.with_merged(value_dtype=probe.dtype))
                 else:  # what is quantized stays as it is
                     self.store(name, stored._replace(value_dtype=probe.dtype))
+            object.__setattr__(self, "device", device)  # where write() packs
+            for name, value in values.items():
+                self.write(name, value)
             object.__setattr__(self, "dtype", probe.dtype)
+            VERSION.count += 1
         return self
 
 
