@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-transformers-4 bench lint format wheel build resources clean help
+.PHONY: demo test test-transformers-4 bench lint format wheel build resources gpu clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "also: build, bench, test-transformers-4, lint, format, wheel, resources, clean"
+	@echo "also: build, bench, test-transformers-4, lint, format, wheel, resources, gpu, clean"
 
 # CUDA kernels take minutes to compile: without a GPU the demo leaves them out, unless ALULA_CUDA=1.
 demo: export ALULA_CUDA := $(or $(ALULA_CUDA),$(if $(wildcard /dev/nvidia0),,0))
@@ -42,6 +42,11 @@ format: $(VENV)/.test
 # Registers, shared memory, stack and spills of every CUDA kernel; a spill that is not allowed fails.
 resources: build
 	$(BIN)/python csrc/cuda/resources.py report $$(ls -td build/cp*/ | head -1)
+
+# Everything that needs a GPU: tests, compute-sanitizer, benchmark, a results file. With GPU_PYTHON=python3 that
+# interpreter's packages and the compiled files already in python/alula are taken, and nothing is installed or built.
+gpu: $(if $(GPU_PYTHON),,build $(VENV)/.test)
+	$(if $(GPU_PYTHON),PYTHONPATH=python $(GPU_PYTHON),$(BIN)/python) tests/gpu/prove.py $(GPU_ARGS)
 
 wheel: $(VENV)/.run
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

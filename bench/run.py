@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from alula.bench import plot, run_model, run_ops
+from alula.bench import plot, run_cuda, run_model, run_ops
 
 
 def main(argv: list[str]) -> int:
@@ -14,6 +14,7 @@ def main(argv: list[str]) -> int:
     for name, module, text in (
         ("ops", run_ops, "each op at named cases, in turn with PyTorch"),
         ("model", run_model, "prefill and decode of a model with random weights, in turn with peers"),
+        ("cuda", run_cuda, "the ops on a GPU, in turn with PyTorch"),
         ("plot", plot, "bar charts of results written with --json"),
     ):
         sub = commands.add_parser(name, help=text, description=text)

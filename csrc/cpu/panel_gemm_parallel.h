@@ -88,9 +88,9 @@ inline DType check_packed_weight(const Tensor& weight, int64_t out_features, int
   const bool fits = place.is_cuda() ? weight.dim() == 2 && weight.is_contiguous() && weight.size(0) == out_features &&
                                           weight.size(1) == row_stride(dtype, in_features)
                                     : weight.dim() == (paired ? 4 : 3) && weight.is_contiguous() &&
-                    weight.size(0) == num_panels(out_features) && weight.size(2) == kPanelRows &&
-                    weight.size(1) == (paired ? (in_features + 1) / 2 : in_features) &&
-                    (!paired || weight.size(3) == 2);
+                                          weight.size(0) == num_panels(out_features) && weight.size(2) == kPanelRows &&
+                                          weight.size(1) == (paired ? (in_features + 1) / 2 : in_features) &&
+                                          (!paired || weight.size(3) == 2);
   ALULA_CHECK(
       fits, "weight of shape ", shape_of(weight), " is not what alula::pack_weight makes of [", out_features, ", ",
       in_features,

@@ -293,6 +293,7 @@ Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& entries, const OptionalTensor& global_tokens, int64_t block_size,
                               const OptionalTensor& first, const OptionalTensor& lengths, const OptionalTensor& mask,
                               const OptionalTensor& head_mask, double scale, bool causal) {
+  ALULA_CHECK(!q.is_cuda(), "block_sparse_attention has CPU kernels only; q is on a GPU");
   check_cpu(q, "q");
   ALULA_CHECK(q.dim() == 4, "q has shape ", shape_of(q), "; expected [B, T, H, D]");
   const int64_t batch = q.size(0), tokens = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
@@ -357,5 +358,8 @@ Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention)); }
+
+// For the error above: without a kernel, torch would say less.
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention)); }
 
 }  // namespace alula

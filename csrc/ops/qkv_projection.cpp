@@ -96,8 +96,8 @@ void run_on_cuda(const QkvProjectionArgs& args, const Tensor& x, const Tensor& w
     return;
   }
   const Tensor product = library_product(gemm, x, weight, scope);
-  ALULA_CUDA_CALL(qkv_projection_epilogue_cuda(args, product.const_data_ptr(), num_slots, num_rotary_positions,
-                                               scope.stream()));
+  ALULA_CUDA_CALL(
+      qkv_projection_epilogue_cuda(args, product.const_data_ptr(), num_slots, num_rotary_positions, scope.stream()));
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,9 +23,13 @@ from alula.prompts import pad_id_of, read_prompts
 from alula.sampling import RepetitionPenalty, Sampler, greedy
 from alula.stopping import TextStream
 
+if TYPE_CHECKING:
+    from alula.cuda_graph import DecodeGraph
+
 __all__ = ["Generation", "GenerationConfig", "GenerationMixin", "generate", "stream"]
 
 DEFAULT_NEW_TOKENS = 20
+_FEWEST_GRAPH_STEPS = 8  # what a capture into a CUDA graph is worth for; a guess, not measured
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
@@ -118,6 +122,7 @@ class Generation:
             self._streams = [TextStream(tokenizer, stops, prompt.tolist()) for prompt in self._prompts]
         self._penalties: list[RepetitionPenalty] | None = None
         self._positions = lengths[:, None].to(model.device)  # of the next token of each row
+        self._graph: DecodeGraph | None = None
         self._running = torch.ones(num_rows, 1, dtype=torch.int64, device=model.device)
 
     @property
@@ -182,8 +187,13 @@ class Generation:
 
         A row that has ended is masked out: nothing of it is stored, and it takes no more positions.
         """
-        ids = self.ids[:, self.length - 1 : self.length].to(self._model.device)
+        ids = self.ids[:, self.length - 1 : self.length]
         has_ended = any(self.finish_reasons)
+        if self._model.device.type == "cuda" and not has_ended:
+            graph = self._decode_graph()
+            if graph is not None:
+                return graph.run(ids, self._positions)
+        ids = ids.to(self._model.device)
         return self._model(
             input_ids=ids * self._running if has_ended else ids,
             attention_mask=self._running if has_ended else None,
@@ -193,6 +203,18 @@ class Generation:
             logits_to_keep=1,
             return_dict=True,
         ).logits
+
+    def _decode_graph(self) -> DecodeGraph | None:
+        """The captured step, from the second one on: a single step is not worth a capture."""
+        from alula.cuda_graph import DecodeGraph, can_capture
+
+        if self._graph is not None and self._graph.fits(self._model, self._cache):
+            return self._graph
+        self._graph = None
+        left = self.ids.shape[1] - self.length
+        if left >= _FEWEST_GRAPH_STEPS and can_capture(self._model, self._cache):
+            self._graph = DecodeGraph(self._model, self._cache)
+        return self._graph
 
     def _process(self, logits: Tensor) -> Tensor:
         """Apply the processors that come before sampling to `logits` float32 [B, V]."""

@@ -1,0 +1,44 @@
+"""Each CUDA kernel once on a small shape, for compute-sanitizer: tests/gpu/prove.py runs this under it."""
+
+import torch
+from alula import ops
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def rand(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(shape, device="cuda").to(dtype)
+
+        for keys in (37, 1500, 9001):
+            ops.scaled_masked_softmax(rand(2, 3, keys), torch.rand(3, keys, device="cuda") < 0.5, causal=True)
+        for width in (97, 512, 4104):
+            ops.layer_norm(rand(3, width), rand(width), rand(width), residual=rand(3, width))
+        positions = torch.arange(6, dtype=torch.int32, device="cuda").repeat(2, 1)
+        table = ops.rotary_table(50, 16, device="cuda")
+        for interleaved in (True, False):
+            ops.rotary(rand(2, 6, 4, 24), rand(2, 6, 1, 24), positions, table, interleaved=interleaved)
+        weight = ops.pack(rand(77, 130))
+        ops.embedding(torch.randint(0, 77, (2, 6), device="cuda"), weight)
+        for rows in (1, 5, 16, 20):
+            ops.linear(rand(rows, 130), weight, rand(77), norm_weight=rand(130), activation="gelu")
+        qkv = ops.pack(rand(6 * 24, 130))
+        cache = rand(2, 1, 300, 48)
+        heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 24}
+        for tokens in (1, 6, 12):
+            where = torch.arange(tokens, dtype=torch.int32, device="cuda").repeat(2, 1)
+            turns = {"rotary_table": table, "rotary_positions": where}
+            ops.qkv_projection(rand(2, tokens, 130), qkv, kv_cache=cache, positions=where, **heads, **turns)
+        lengths = torch.tensor([300, 7], dtype=torch.int32, device="cuda")
+        for tokens, head_count in ((1, 4), (1, 40), (40, 3)):
+            where = torch.arange(260, 260 + tokens, dtype=torch.int32, device="cuda").repeat(2, 1)
+            ops.attention(rand(2, tokens, head_count, 24), cache, where, lengths)
+        wide = rand(1, 1, 70, 512)
+        ops.attention(rand(1, 2, 3, 256), wide, positions[:1, :2], lengths[1:])
+    torch.cuda.synchronize()
+    print("every kernel has run")
+
+
+if __name__ == "__main__":
+    main()
