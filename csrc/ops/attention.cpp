@@ -267,7 +267,7 @@ void run_on_cuda(const AttentionArgs& args, const Tensor& like, int64_t num_slot
   };
   bool is_cache_even = is_even(args.kv_cache);
   for (const int64_t stride : args.kv_strides) is_cache_even = is_cache_even && stride % step == 0;
-  AttentionCudaArgs cuda = {num_slots, mask_keys, is_even(args.q), is_cache_even, 1, nullptr, nullptr};
+  [[maybe_unused]] AttentionCudaArgs cuda = {num_slots, mask_keys, is_even(args.q), is_cache_even, 1, nullptr, nullptr};
   AttentionCudaPlan plan = {};
   ALULA_CUDA_CALL(plan = attention_cuda_plan(args, num_slots, *scope.stream().device));
   ALULA_TRACE_CUDA("attention", args.dtype, "H ", args.num_heads, " G ", args.num_kv_heads, " D ", args.head_dim,
