@@ -57,9 +57,9 @@ class DecodeGraph:
         has_positions = bound.position_table is not None
         x = embedding_op(
             self._ids,
-            bound.table,
+            bound.table.data,
             bound.vocab_size,
-            base.config.hidden_size,
+            base._shape.width,
             self._position_ids if has_positions else None,
             bound.position_table,
             None,
