@@ -175,7 +175,7 @@ def test_a_step_allocates_nothing_that_grows_with_the_text(prompts, options):
             steps.append(memory.sizes)
         else:
             next(generation)
-    assert len(steps[1]) > 10, "the mode sees the operations"
+    assert len(steps[1]) > 2, "the mode sees the operations"
     assert steps[1] == steps[2] == steps[19] == steps[-1]
     # Nothing as large as one token row of the cache for the length of the text.
     assert max(steps[-1]) < 390 * 2 * 16 * 4
