@@ -216,7 +216,7 @@ __device__ __forceinline__ void sum_in_fp32(const FewRowsParams& p, Shared<float
 }
 
 template <typename T, int kRows, bool kNorm, typename Epilogue>
-__global__ void __launch_bounds__(FewRows::kThreads) few_rows_kernel(FewRowsParams p, Epilogue epilogue) {
+__global__ void __launch_bounds__(FewRows::kThreads, 1) few_rows_kernel(FewRowsParams p, Epilogue epilogue) {
   constexpr int kFeatures = FewRows::kFeatures;
   const Shared<float> sums = dynamic_shared<float>();  // [warp][16 rows][8 features]
   const Shared<float> moments = dynamic_shared<float>(FewRows::kSumsBytes);

@@ -294,7 +294,7 @@ __device__ __forceinline__ void write_row(const Params& p, int64_t batch, int64_
 }
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads) attention_kernel(Params p) {
+__global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   using T = typename C::Element;
   const Shared<T> q = dynamic_shared<T>();
   const Shared<T> stages = dynamic_shared<T>(C::kQueryBytes);
