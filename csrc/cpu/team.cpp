@@ -8,7 +8,7 @@ namespace {
 
 // Threads of one pool start within microseconds of each other; on a crowded machine, within a time slice or two.
 constexpr auto kPatience = std::chrono::milliseconds(200);
-constexpr int kSpins = 4000;  // about 50 us, before the core is offered to others
+constexpr int kSpins = 4000;  // before the core is offered to others
 constexpr int64_t kLine = 64;
 
 inline void relax() {

@@ -2,7 +2,7 @@
 //
 // A parallel_for costs about 3 us at each end; a step of decoding is sixty products of 20 to 400 us each. A team is one
 // parallel_for for all of them: its members run the same code, share the work of each step as parallel.h hands it out,
-// and meet at a barrier (0.2 us) where a parallel_for would have ended. Who waits there fetches the weights of the next
+// and meet at a barrier where a parallel_for would have ended. Who waits there fetches the weights of the next
 // step, so that memory does not rest either.
 #pragma once
 
