@@ -1,0 +1,39 @@
+"""The tensor ops of alula: one documented function per op, and for torch.compile, export and the meta device its shapes
+and dtypes without data.
+
+Each function checks that no gradient is asked for and calls ``torch.ops.alula.<op>``, whose C++ side checks shapes,
+dtypes and devices and runs the kernel. The meaning of every op, in readable PyTorch, stands in
+:mod:`alula.testing.reference`.
+
+Alphabet: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head size, E model width,
+N output features, K input features, V vocabulary, P positions.
+"""
+
+from alula.ops.arguments import ACTIVATIONS
+from alula.ops.attention import attention
+from alula.ops.block_sparse_attention import block_sparse_attention, block_sparse_probabilities
+from alula.ops.decoder_blocks import DecoderBlocks
+from alula.ops.embedding import embedding
+from alula.ops.layer_norm import layer_norm
+from alula.ops.linear import linear
+from alula.ops.qkv_projection import qkv_projection
+from alula.ops.rotary import rotary, rotary_table
+from alula.ops.scaled_masked_softmax import scaled_masked_softmax
+from alula.packed_weight import PackedWeight, pack
+
+__all__ = [
+    "ACTIVATIONS",
+    "DecoderBlocks",
+    "PackedWeight",
+    "attention",
+    "block_sparse_attention",
+    "block_sparse_probabilities",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "pack",
+    "qkv_projection",
+    "rotary",
+    "rotary_table",
+    "scaled_masked_softmax",
+]
