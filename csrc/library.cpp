@@ -1,4 +1,4 @@
-// Every op of the library: its schema, one line each. Meanings: python/alula/ops.py; kernels: ops/<name>_cpu.cpp.
+// Every op of the library: its schema, one line each. Meanings: python/alula/ops/<name>.py; kernels: ops/<name>_cpu.cpp.
 #include <torch/csrc/stable/library.h>
 
 // clang-format off

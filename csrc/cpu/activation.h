@@ -1,4 +1,4 @@
-// The activations, by the code that ops.py's ACTIVATIONS gives them.
+// The activations, by the code that alula.ops's ACTIVATIONS gives them.
 #pragma once
 
 #include "cpu/vec_math.h"

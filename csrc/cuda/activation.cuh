@@ -1,4 +1,4 @@
-// The activations, by the code that ops.py's ACTIVATIONS gives them, in fp32.
+// The activations, by the code that alula.ops's ACTIVATIONS gives them, in fp32.
 #pragma once
 
 #include "cuda/hardware.cuh"
