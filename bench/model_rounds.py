@@ -27,21 +27,24 @@ PEAKS = {"fp32": "fp32_fma", "bf16": "bf16_dot", **dict.fromkeys(QUANTIZED, "int
 
 @dataclass(frozen=True)
 class Workload:
-    """What every engine does: read `prompts` (prefill), and make tokens after `contexts` (decode)."""
+    """What every engine does: read `prompts` (prefill), and make tokens after each of `contexts` (decode).
+
+    `prompts` is a batch of rows; `contexts` holds such batches, one for each length asked for."""
 
     preset: str
     config: presets.Config
     dtype: str
     threads: int
     prompts: list[list[int]]
-    contexts: list[list[int]]
+    contexts: list[list[list[int]]]
     left_pad: bool
     new_tokens: int
 
     @property
     def max_tokens(self) -> int:
         """The most tokens of a row: the longest prompt or context and the steps after it."""
-        return max(map(len, self.prompts + self.contexts)) + max(self.new_tokens, CHECK_STEPS) + 4
+        longest = max(len(row) for rows in (self.prompts, *self.contexts) for row in rows)
+        return longest + max(self.new_tokens, CHECK_STEPS) + 4
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Member:
     versions: dict[str, str]
     verdict: model_check.Verdict
     prefill: list[list[float]] = field(default_factory=list)  # seconds, by round
-    decode: list[list[float]] = field(default_factory=list)
+    decode: list[list[list[float]]] = field(default_factory=list)  # by round and context
 
 
 def plan_groups(names: Sequence[str], config: presets.Config, dtype: str, memory: int) -> list[list[str]]:
@@ -106,7 +109,7 @@ class Group:
     def check(self) -> None:
         """Load each engine and compare it with transformers eager in fp32. What fails is said and left out."""
         work = self.workload
-        inputs = [work.prompts] if work.prompts == work.contexts else [work.prompts, work.contexts]
+        inputs = [work.prompts, *(rows for rows in work.contexts if rows != work.prompts)]
         reference = self._start("hf-eager", "fp32", label="reference")
         expected = [reference.arrays("greedy", prompts=prompts, steps=CHECK_STEPS) for prompts in inputs]
         bf16_error = 0.0
@@ -164,9 +167,9 @@ class Group:
         """One record for each phase and engine. A round that was interrupted does not count."""
         rounds = min((len(self.members[name].decode) for name in self.right), default=0)
         found = []
-        for phase in ("decode", "prefill"):
+        for which in [*range(len(self.workload.contexts)), None]:
             for name, member in self.members.items():
-                found.append(self._record(phase, name, member, rounds))
+                found.append(self._record(which, name, member, rounds))
         return found
 
     def close(self) -> None:
@@ -179,7 +182,7 @@ class Group:
         time.sleep(SETTLE_SECONDS)
         try:
             prefill = [engine.ask("prefill", prompts=work.prompts)["seconds"] for _ in range(PREFILLS)]
-            decode = engine.ask("decode", prompts=work.contexts, steps=steps)["seconds"]
+            decode = [engine.ask("decode", prompts=rows, steps=steps)["seconds"] for rows in work.contexts]
         except EngineError as error:
             report.note(f"{name}: failed: {error}")
             self.failed.add(name)
@@ -189,12 +192,13 @@ class Group:
             self.members[name].prefill.append(prefill)
             self.members[name].decode.append(decode)
 
-    def _record(self, phase: str, name: str, member: Member, rounds: int) -> dict[str, Any]:
+    def _record(self, which: int | None, name: str, member: Member, rounds: int) -> dict[str, Any]:
+        """The record of one engine. which: the context that its steps came after; None: its prefill."""
         work = self.workload
         record: dict[str, Any] = {
             "kind": "model",
             "preset": work.preset,
-            "phase": phase,
+            "phase": "prefill" if which is None else "decode",
             "dtype": work.dtype,
             "engine": name,
             "weights": member.weights,
@@ -202,18 +206,18 @@ class Group:
             "batch": len(work.prompts),
             "left_pad": work.left_pad,
             "prompt_tokens": len(work.prompts[0]),
-            "context": len(work.contexts[0]),
+            "context": len(work.contexts[which or 0][0]),
             "new_tokens": work.new_tokens,
             "correct": member.verdict.correct,
             "max_error": member.verdict.max_error,
             "tolerance": member.verdict.tolerance,
             "equal_tokens": f"{member.verdict.equal_tokens}/{member.verdict.tokens}",
         }
-        by_round = getattr(member, phase)[:rounds]
+        by_round = _samples(member, which, rounds)
         if not by_round or name not in self.right:
             return record
         timing = Timing(tuple(seconds for taken in by_round for seconds in taken))
-        work_done, unit, bound, limit = self._work(phase, member.weights)
+        work_done, unit, bound, limit = self._work(which, member.weights)
         rate = work_done / timing.median / 1e9
         record |= {
             "rounds": rounds,
@@ -228,26 +232,27 @@ class Group:
             "limit": bound,
             "limit_value": limit,
             "limit_share": None if limit is None else rate / limit,
-            "alula_ratio": self._ratio(phase, name, rounds),
+            "alula_ratio": self._ratio(which, name, rounds),
         }
         return record
 
-    def _work(self, phase: str, weights: str) -> tuple[int, str, str, float | None]:
+    def _work(self, which: int | None, weights: str) -> tuple[int, str, str, float | None]:
         """Work of one sample, its unit, the limit's name and value: the read bandwidth is that between the rounds."""
         work = self.workload
-        if phase == "prefill":
+        if which is None:
             flops = presets.prefill_flops(work.config, [len(prompt) for prompt in work.prompts])
             return flops, "GFLOP/s", PEAKS[weights], self.measured.of(PEAKS[weights])
-        context = sum(map(len, work.contexts)) // len(work.contexts) + work.new_tokens // 2
-        size = presets.step_bytes(work.config, ELEMENT_BYTES[weights], len(work.contexts), context)
+        rows = work.contexts[which]
+        context = sum(map(len, rows)) // len(rows) + work.new_tokens // 2
+        size = presets.step_bytes(work.config, ELEMENT_BYTES[weights], len(rows), context)
         return size, "GB/s", "read", max([self.measured.read, *self.read_samples])
 
-    def _ratio(self, phase: str, name: str, rounds: int) -> float | None:
+    def _ratio(self, which: int | None, name: str, rounds: int) -> float | None:
         """Median over the rounds of alula's median by this engine's."""
         if name == "alula" or "alula" not in self.right:
             return None
-        ours = [statistics.median(taken) for taken in getattr(self.members["alula"], phase)[:rounds]]
-        theirs = [statistics.median(taken) for taken in getattr(self.members[name], phase)[:rounds]]
+        pair = (self.members[engine] for engine in ("alula", name))
+        ours, theirs = ([statistics.median(s) for s in _samples(member, which, rounds)] for member in pair)
         return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
     def _score(self, reference: Engine, prompts: list[list[int]], tokens: Any) -> Any:
@@ -293,3 +298,10 @@ class Group:
         if engine in self._open:
             self._open.remove(engine)
             engine.close()
+
+
+def _samples(member: Member, which: int | None, rounds: int) -> list[list[float]]:
+    """The seconds of a member's prefills (None) or of its steps after context number `which`, by round."""
+    if which is None:
+        return member.prefill[:rounds]
+    return [contexts[which] for contexts in member.decode[:rounds]]

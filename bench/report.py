@@ -44,6 +44,12 @@ def rate(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
 
 
+def phase(record: dict[str, Any]) -> str:
+    """What a record of a model timed: a step, after how many tokens, or another phase."""
+    is_step = record["phase"] == "decode" and "context" in record
+    return f"decode @ {record['context']}" if is_step else record["phase"]
+
+
 class Recorder:
     """Collects records, and writes each at once as a JSON line, so that an interrupted run keeps what it measured."""
 

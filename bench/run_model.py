@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 import torch
-from alula.bench import limits, machine, model_folder, presets, report, through
+from alula.bench import contexts, limits, machine, model_folder, presets, report, through
 from alula.bench.encoder_rounds import EncoderGroup
 from alula.bench.engine import Engine
 from alula.bench.model_rounds import QUANTIZED, Group, Workload, plan_groups
@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-tokens", type=int, help="prompt of the prefill (default 128); an encoder's input (all)"
     )
-    parser.add_argument("--context", type=int, help="tokens before the timed steps (default: the prompt)")
+    parser.add_argument(
+        "--context",
+        type=lengths,
+        metavar="N[,N...]",
+        help="tokens before the timed steps (default: the prompt); several lengths are timed in turn",
+    )
     parser.add_argument("--batch", type=int, default=1, help="rows (default %(default)s)")
     parser.add_argument("--left-pad", action="store_true", help="rows of unequal lengths, padded on the left")
     parser.add_argument("--new-tokens", type=int, default=32, help="timed steps of a round (default %(default)s)")
@@ -57,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one round, few tokens: a check, not a figure")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="keeps the weights (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON lines")
+
+
+def lengths(text: str) -> list[int]:
+    """The numbers of a comma-separated list."""
+    return [int(part) for part in text.split(",")]
 
 
 def default_cache() -> Path:
@@ -82,10 +92,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     print(machine.one_line(header), flush=True)
     measured = limits.measure(args.threads, 0.05 if args.quick else 0.5)
     print(measured.line(), flush=True)
-    lengths = f"{args.prompt_tokens} tokens" if is_encoder else f"prompt {args.prompt_tokens}, context {args.context}"
+    sizes = f"{args.prompt_tokens} tokens"
+    if not is_encoder:
+        sizes = f"prompt {args.prompt_tokens}, context {', '.join(map(str, args.context))}"
     print(
         f"{args.preset}: {presets.parameters(config) / 1e6:.0f} M parameters, {args.dtype}; batch {args.batch}"
-        f"{' left-padded' if args.left_pad else ''}, {lengths}",
+        f"{' left-padded' if args.left_pad else ''}, {sizes}",
         flush=True,
     )
     recorder.add({**header, "limits": dataclasses.asdict(measured), "preset": args.preset, "config": config})
@@ -107,7 +119,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
                     recorder.add(record)
                 if records:
                     print(f"\n{report.table(HEADER, [row(record) for record in records])}", flush=True)
-                for line in through.summary(records):
+                for line in [*contexts.summary(records), *through.summary(records)]:
                     print(line, flush=True)
             if "alula" in members and "alula" not in group.right:
                 status = 1
@@ -141,7 +153,7 @@ def engine_names(args: argparse.Namespace) -> list[str]:
 def make_workload(args: argparse.Namespace, config: presets.Config) -> Workload:
     """Prompts of random ids, the same in every run. ValueError for counts that the model has no room for."""
     args.prompt_tokens = 128 if args.prompt_tokens is None else args.prompt_tokens
-    args.context = args.prompt_tokens if args.context is None else args.context
+    args.context = [args.prompt_tokens] if args.context is None else list(dict.fromkeys(args.context))
     _check_counts(args, "prompt_tokens", "context", "batch", "new_tokens", "rounds", "threads")
     draw = random.Random(7)
 
@@ -157,14 +169,14 @@ def make_workload(args: argparse.Namespace, config: presets.Config) -> Workload:
         dtype=args.dtype,
         threads=args.threads,
         prompts=prompts(args.prompt_tokens),
-        contexts=prompts(args.context),
+        contexts=[prompts(longest) for longest in args.context],
         left_pad=args.left_pad,
         new_tokens=args.new_tokens,
     )
     if workload.max_tokens > config["n_positions"]:
         raise ValueError(
-            f"{workload.max_tokens} tokens (prompt or context, and the steps) exceed the {config['n_positions']} "
-            f"positions of {args.preset}"
+            f"{workload.max_tokens} tokens (prompt or context, --new-tokens {args.new_tokens} and 4 more) exceed the "
+            f"{config['n_positions']} positions of {args.preset}"
         )
     return workload
 
@@ -189,7 +201,7 @@ def make_encoder_workload(args: argparse.Namespace, config: presets.Config) -> W
         dtype=args.dtype,
         threads=args.threads,
         prompts=rows,
-        contexts=rows,
+        contexts=[rows],
         left_pad=False,
         new_tokens=0,
     )
@@ -197,8 +209,10 @@ def make_encoder_workload(args: argparse.Namespace, config: presets.Config) -> W
 
 def _check_counts(args: argparse.Namespace, *names: str) -> None:
     for name in names:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        value = getattr(args, name)
+        least = min(value) if isinstance(value, list) else value
+        if least < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {least}")
 
 
 def loading_memory(folder: Path, args: argparse.Namespace) -> dict[str, object]:
@@ -226,7 +240,7 @@ def loading_memory(folder: Path, args: argparse.Namespace) -> dict[str, object]:
 
 def row(record: dict) -> tuple[str, ...]:
     """A record as a row of the table."""
-    start = (record["phase"], record["engine"], record["weights"])
+    start = (report.phase(record), record["engine"], record["weights"])
     if "median_s" not in record:
         state = "WRONG" if not record["correct"] else "not timed"
         return (*start, state, "", "", "", "", f"{record['max_error']:.2g}")

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from alula.bench import report
+
 ACCELERATED, OWN = "hf-alula", "alula"
 
 
@@ -22,10 +24,10 @@ def summary(records: Sequence[dict[str, Any]]) -> list[str]:
     timed = [record for record in records if "round_medians_s" in record]
     for ours in (record for record in timed if record["engine"] == ACCELERATED):
         for other in timed:
-            if other["phase"] != ours["phase"] or other["engine"] == ACCELERATED:
+            if other["engine"] == ACCELERATED or any(other.get(key) != ours.get(key) for key in ("phase", "context")):
                 continue
             pairs = zip(other["round_medians_s"], ours["round_medians_s"], strict=True)
             ratio = statistics.median(theirs / mine for theirs, mine in pairs)
             name = "alula's own class" if other["engine"] == OWN else f"{other['engine']}, plain"
-            lines.append(f"{ours['phase']}: accelerated runs at {ratio:.2f} x the speed of {name}")
+            lines.append(f"{report.phase(ours)}: accelerated runs at {ratio:.2f} x the speed of {name}")
     return lines

@@ -304,6 +304,39 @@ def test_rounds_make_records_with_ratios(fake_engines, capsys):
     assert "alula / it" in captured.out
 
 
+def test_several_contexts_are_timed_in_turn(fake_engines, monkeypatch, capsys):
+    asked = []
+
+    def ask(self, do, *, prompts, steps=None):
+        asked.append((self.name, do, len(prompts[0])))
+        taken = self.seconds[self.name] * (1.0 if len(prompts[0]) < 40 else 1.25)
+        return {"seconds": taken if do == "prefill" else [taken] * steps}
+
+    monkeypatch.setattr(FakeEngine, "ask", ask)
+    flags = ["--rounds", "3", "--prompt-tokens", "16", "--context", "8,40,8"]
+    status, records = fake_engines("--peers", "hf-sdpa", *flags)
+    assert status == 0
+    assert asked[-8:] == [
+        (name, *call)
+        for name in ("alula", "hf-sdpa")
+        for call in (("prefill", 16), ("prefill", 16), ("decode", 8), ("decode", 40))
+    ]
+    assert [(r["phase"], r["context"], r["engine"], r["median_s"]) for r in records[1:]] == [
+        ("decode", 8, "alula", 0.5),
+        ("decode", 8, "hf-sdpa", 2.0),
+        ("decode", 40, "alula", 0.625),
+        ("decode", 40, "hf-sdpa", 2.5),
+        ("prefill", 8, "alula", 0.5),
+        ("prefill", 8, "hf-sdpa", 2.0),
+    ]
+    assert [r["alula_ratio"] for r in records[1:]] == [None, 0.25] * 3
+    assert records[3]["work"] > records[1]["work"]
+    out = capsys.readouterr().out
+    assert "decode @ 40" in out
+    for name in ("alula", "hf-sdpa"):
+        assert f"{name}: a step after 40 tokens takes 1.250 x the time of one after 8" in out
+
+
 def test_a_wrong_model_is_not_timed(fake_engines, monkeypatch, capsys):
     monkeypatch.setattr(FakeEngine, "error", 1e-3)
     status, records = fake_engines("--peers", "hf-sdpa", "--rounds", "1")
@@ -353,6 +386,8 @@ def test_an_interrupt_keeps_the_whole_rounds(fake_engines, monkeypatch, capsys):
     [
         (["--peers", "hf-sdpa,tgi"], "'tgi' is none of"),
         (["--prompt-tokens", "4096"], "exceed the 2048 positions"),
+        (["--preset", "gpt2", "--context", "128,1000"], "4 more) exceed the 1024 positions of gpt2"),
+        (["--context", "128,0"], "--context must be at least 1, not 0"),
         (["--batch", "0"], "--batch must be at least 1, not 0"),
         (["--no-alula", "--peers", "none"], "nothing to time"),
     ],
