@@ -18,19 +18,13 @@
 #include <algorithm>
 
 #include "core/dispatch.h"
+#include "cuda/attention_tile.cuh"
 #include "cuda/launch.h"
-#include "cuda/mma.cuh"
-#include "cuda/online_softmax.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/vec.cuh"
 
 namespace alula {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kWarpRows = 16;
-constexpr float kLog2E = 1.44269504088896341f;
+using namespace tiles;
 
 struct Params {
   AttentionArgs args;
@@ -38,35 +32,6 @@ struct Params {
   int64_t num_rows;   // T * (H / G)
   int num_row_tiles;  // of each batch row and key/value head
   bool scales_last;   // a score is the plain product, and scale is applied in the exponent
-};
-
-// Everything about a tile that the compiler knows. kD: head size rounded up; kRowWarps: warps that share out the rows.
-template <typename T, int kHeadDim, int kRowWarpsOfBlock>
-struct Tile {
-  using Element = T;
-  static constexpr int kD = kHeadDim;
-  static constexpr int kRowWarps = kRowWarpsOfBlock;
-  static constexpr int kKeyWarps = kWarps / kRowWarps;
-  static constexpr int kRows = kRowWarps * kWarpRows;
-  static constexpr bool kIsLarge = kD > 128 || (sizeof(T) == 4 && kD > 64 && kRowWarps == 4);
-  static constexpr int kKeys = (sizeof(T) == 2 ? 64 : 32) / (kIsLarge ? 2 : 1);
-  static constexpr int kWarpKeys = kKeys / kKeyWarps;
-  static constexpr int kPack = 16 / static_cast<int>(sizeof(T));
-  // 16 bytes of padding a row: neighbouring rows begin in other banks.
-  static constexpr int kStride = kD + kPack;
-  static constexpr int kKeyTileSize = kKeys * kStride;  // elements of a tile of keys; as many of values follow
-  static constexpr int kStages = 2;
-  static constexpr int kQueryBytes = kRows * kStride * static_cast<int>(sizeof(T));
-  static constexpr int kStageBytes = 2 * kKeyTileSize * static_cast<int>(sizeof(T));
-  // At the end the stages' memory holds the warps' sums instead: [key warp][row][kD].
-  static constexpr int kSumsBytes = kKeyWarps * kRows * kD * 4;
-  static constexpr int kLimitsOffset = kQueryBytes + std::max(kStages * kStageBytes, kSumsBytes);
-  static constexpr int kStatesOffset = kLimitsOffset + kRows * 4;
-  static constexpr int kScratchOffset = kStatesOffset + kKeyWarps * kRows * 2 * 4;
-  static constexpr int kSharedBytes = kScratchOffset + kWarps * 4;
-  static_assert(kWarpKeys % WarpProduct<T>::kDepth == 0 && kWarpKeys % 8 == 0, "a warp's keys are whole steps");
-  static_assert(kD % 16 == 0, "head sizes are rounded up to whole steps");
-  static_assert(kSharedBytes <= 99 * 1024, "every GPU since sm_80 can give a block this much");
 };
 
 // Where a row comes from and goes to.
@@ -88,17 +53,6 @@ __device__ __forceinline__ int limit_of(const Params& p, int64_t batch, int64_t 
   if (position < 0) return 0;
   if (p.args.causal && position + 1 < limit) limit = position + 1;
   return static_cast<int>(limit < 0 ? 0 : limit);
-}
-
-// 16 bytes from global to shared memory; element by element where the source does not lie even.
-template <typename T, int N>
-__device__ __forceinline__ void copy_pack(Shared<T> to, const T* from, bool is_there, bool is_even) {
-  if (is_even) {
-    copy_async_16(to, from, is_there);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < N; i++) to[i] = is_there ? from[i] : T{};
 }
 
 template <typename C>
@@ -152,127 +106,6 @@ __device__ __forceinline__ float masked_score(const Params& p, const RowPlace& p
       return v + to_float(static_cast<const f16*>(args.mask)[at]);
   }
   return v;
-}
-
-// A warp's rows: lane 4 g + t holds of rows g and g + 8 (index 0 and 1) the columns 8 n + 2 t and the next of tile n.
-template <typename C>
-struct WarpState {
-  RowState rows[2];
-  float sums[C::kD / 8][4];
-};
-
-// One tile of keys, those of this warp: scores, softmax so far, sums.
-template <typename C>
-__device__ __forceinline__ void attend_tile(const Params& p, WarpState<C>& state, Shared<typename C::Element> q,
-                                            Shared<typename C::Element> stage, int first, const int (&limits)[2],
-                                            const RowPlace (&places)[2], int64_t batch, int key_warp, float factor) {
-  using T = typename C::Element;
-  using Product = WarpProduct<T>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, t = lane % 4;
-  const int own_first = key_warp * C::kWarpKeys;
-  const Shared<T> keys = stage + own_first * C::kStride;
-  const Shared<T> values = keys + C::kKeyTileSize;
-
-  // Scores of 8 keys a tile; where a warp has just 8, the second tile of the loaded pair is not used.
-  constexpr int kTiles = C::kWarpKeys / 8;
-  float scores[kTiles][4] = {};
-#pragma unroll
-  for (int d = 0; d < C::kD; d += Product::kDepth) {
-    typename Product::Left a;
-    Product::load_left(a, q + d, C::kStride, lane);
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      typename Product::Right b[2];
-      Product::load_right_rows(b, keys + n * 8 * C::kStride + d, C::kStride, lane);
-      Product::multiply(scores[n], a, b[0]);
-      if (n + 1 < kTiles) Product::multiply(scores[n + 1 < kTiles ? n + 1 : n], a, b[1]);
-    }
-  }
-
-  // What a row does not see becomes -inf; the largest of each row over the lanes that hold it.
-  float largest[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-  for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int key = first + own_first + n * 8 + 2 * t + i % 2, row = i / 2;
-      float v = scores[n][i];
-      if (!p.scales_last) v *= p.args.scale;
-      if (key >= limits[row]) {
-        v = -INFINITY;
-      } else if (p.args.mask_kind != MaskKind::kNone) {
-        v = masked_score(p, places[row], batch, key, v);
-      }
-      scores[n][i] = v;
-      largest[row] = fmaxf(largest[row], v);
-    }
-  }
-  float correction[2];
-#pragma unroll
-  for (int row = 0; row < 2; row++) {
-    correction[row] = raise_maximum(state.rows[row], reduce_lanes<Max, 4>(largest[row]), factor);
-  }
-#pragma unroll
-  for (int n = 0; n < C::kD / 8; n++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) state.sums[n][i] *= correction[i / 2];
-  }
-
-  // Probabilities; a lane's share of the denominators is added up over lanes at the very end.
-  const float subtracted[2] = {subtrahend(state.rows[0].maximum), subtrahend(state.rows[1].maximum)};
-#pragma unroll
-  for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      scores[n][i] = probability(scores[n][i], subtracted[i / 2], factor);
-      state.rows[i / 2].denominator += scores[n][i];
-    }
-  }
-#pragma unroll
-  for (int step = 0; step < C::kWarpKeys / Product::kDepth; step++) {
-    const typename Product::Left a = Product::left_of(&scores[step * Product::kDepth / 8]);
-#pragma unroll
-    for (int n = 0; n < C::kD / 8; n += 2) {
-      typename Product::Right b[2];
-      Product::load_right_columns(b, values + step * Product::kDepth * C::kStride + n * 8, C::kStride, lane);
-      Product::multiply(state.sums[n], a, b[0]);
-      Product::multiply(state.sums[n + 1], a, b[1]);
-    }
-  }
-}
-
-// The warps' states into shared memory: sums [key warp][row][kD], maxima and denominators [key warp][row][2].
-template <typename C>
-__device__ __forceinline__ void leave_state(WarpState<C>& state, int row_warp, int key_warp, Shared<float> sums,
-                                            Shared<float> states) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int row = 0; row < 2; row++) {
-    const int index = key_warp * C::kRows + row_warp * kWarpRows + g + 8 * row;
-    const float denominator = reduce_lanes<Sum, 4>(state.rows[row].denominator);
-    if (t == 0) {
-      states[2 * index] = state.rows[row].maximum;
-      states[2 * index + 1] = denominator;
-    }
-#pragma unroll
-    for (int n = 0; n < C::kD / 8; n++) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) sums[index * C::kD + n * 8 + 2 * t + i] = state.sums[n][2 * row + i];
-    }
-  }
-}
-
-// Of `count` parts of a row: the common maximum and, relative to it, the denominator. Part i is at `maximum_of(i)` and
-// `denominator_of(i)`.
-template <typename MaximumOf, typename DenominatorOf>
-__device__ __forceinline__ RowState merged(int count, float factor, const MaximumOf& maximum_of,
-                                           const DenominatorOf& denominator_of) {
-  RowState row;
-  for (int i = 0; i < count; i++) row.maximum = fmaxf(row.maximum, maximum_of(i));
-  for (int i = 0; i < count; i++) {
-    row.denominator += denominator_of(i) * probability(maximum_of(i), subtrahend(row.maximum), factor);
-  }
-  return row;
 }
 
 // Where the sums of a split lie in the workspace: [tile of a row][split][row][kD + 2], maximum and denominator last.
@@ -341,6 +174,11 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
     const bool is_there = first_row + index < p.num_rows;
     places[row] = place_of(p, is_there ? first_row + index : 0, kv_head);
   }
+  const auto visible = [&](int row, int slot, float score) {
+    if (!p.scales_last) score *= p.args.scale;
+    if (slot >= own_limits[row]) return -INFINITY;
+    return p.args.mask_kind == MaskKind::kNone ? score : masked_score(p, places[row], batch, slot, score);
+  };
   for (int tile = first_tile; tile < last_tile; tile++) {
     const int stage = (tile - first_tile) % C::kStages;
     const int stage_size = 2 * C::kKeyTileSize;
@@ -350,8 +188,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();  // this tile is there for all
-    attend_tile<C>(p, state, q + row_warp * kWarpRows * C::kStride, stages + stage * stage_size, tile * C::kKeys,
-                   own_limits, places, batch, key_warp, factor);
+    attend_tile<C>(state, q + row_warp * kWarpRows * C::kStride, stages + stage * stage_size, tile * C::kKeys, key_warp,
+                   factor, visible);
     __syncthreads();  // nobody reads it any more
   }
   copy_async_wait<0>();
@@ -361,30 +199,15 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   leave_state<C>(state, row_warp, key_warp, sums, states);
   __syncthreads();
   const int head_dim = static_cast<int>(p.args.head_dim);
-  const auto row_of_block = [&](int row) {
-    return merged(
-        C::kKeyWarps, factor, [&](int i) -> float { return states[2 * (i * C::kRows + row)]; },
-        [&](int i) -> float { return states[2 * (i * C::kRows + row) + 1]; });
-  };
-  const auto sum_of_block = [&](int row, int column, const RowState& whole) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < C::kKeyWarps; i++) {
-      const float maximum = states[2 * (i * C::kRows + row)];
-      const float part = sums[(i * C::kRows + row) * C::kD + column];
-      sum += part * probability(maximum, subtrahend(whole.maximum), factor);
-    }
-    return sum;
-  };
   const int64_t left = p.num_rows - first_row;
   const int rows = left < C::kRows ? static_cast<int>(left) : C::kRows;
   const int64_t tile_index = (batch * gridDim.y + kv_head) * p.num_row_tiles + row_tile;
   // A warp a row, so that a row's state is found once for many columns.
   for (int row = warp; row < rows; row += kWarps) {
-    const RowState whole = row_of_block(row);
+    const RowState whole = row_of_block<C>(states, row, factor);
     float* partial = splits > 1 ? partial_of<C>(p, tile_index, split, row) : nullptr;
     for (int column = lane; column < head_dim; column += kWarpSize) {
-      const float sum = sum_of_block(row, column, whole);
+      const float sum = sum_of_block<C>(sums, states, row, column, whole, factor);
       if (splits > 1) {
         partial[column] = sum;
       } else {

@@ -1,0 +1,200 @@
+// What kernels that attend to keys tile by tile share: how a tile lies in shared memory, what a warp does with one, how
+// the warps' parts become the block's. What a row sees of a tile is the caller's: `visible(row, slot, score)`.
+//
+// A block of kWarps warps holds kRows query rows [kRows][kStride] and, in kStages stages, tiles of kKeys slots: keys
+// [kKeys][kStride], then values. Warps share out the rows, 16 each, and the keys of a tile where the rows are fewer
+// than the warps have room for. Scores and sums are fp32, the products' operands are T (fp32 in three TF32 products).
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/mma.cuh"
+#include "cuda/online_softmax.cuh"
+#include "cuda/reduce.cuh"
+
+namespace alula::tiles {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWarpRows = 16;
+constexpr float kLog2E = 1.44269504088896341f;
+
+// Everything about a tile that the compiler knows. kD: head size rounded up; kRowWarps: warps that share out the rows.
+template <typename T, int kHeadDim, int kRowWarpsOfBlock>
+struct Tile {
+  using Element = T;
+  static constexpr int kD = kHeadDim;
+  static constexpr int kRowWarps = kRowWarpsOfBlock;
+  static constexpr int kKeyWarps = kWarps / kRowWarps;
+  static constexpr int kRows = kRowWarps * kWarpRows;
+  static constexpr bool kIsLarge = kD > 128 || (sizeof(T) == 4 && kD > 64 && kRowWarps == 4);
+  static constexpr int kKeys = (sizeof(T) == 2 ? 64 : 32) / (kIsLarge ? 2 : 1);
+  static constexpr int kWarpKeys = kKeys / kKeyWarps;
+  static constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+  // 16 bytes of padding a row: neighbouring rows begin in other banks.
+  static constexpr int kStride = kD + kPack;
+  static constexpr int kKeyTileSize = kKeys * kStride;  // elements of a tile of keys; as many of values follow
+  static constexpr int kStages = 2;
+  static constexpr int kQueryBytes = kRows * kStride * static_cast<int>(sizeof(T));
+  static constexpr int kStageBytes = 2 * kKeyTileSize * static_cast<int>(sizeof(T));
+  // At the end the stages' memory holds the warps' sums instead: [key warp][row][kD].
+  static constexpr int kSumsBytes = kKeyWarps * kRows * kD * 4;
+  static constexpr int kLimitsOffset = kQueryBytes + std::max(kStages * kStageBytes, kSumsBytes);
+  static constexpr int kStatesOffset = kLimitsOffset + kRows * 4;
+  static constexpr int kScratchOffset = kStatesOffset + kKeyWarps * kRows * 2 * 4;
+  static constexpr int kSharedBytes = kScratchOffset + kWarps * 4;
+  static_assert(kWarpKeys % WarpProduct<T>::kDepth == 0 && kWarpKeys % 8 == 0, "a warp's keys are whole steps");
+  static_assert(kD % 16 == 0, "head sizes are rounded up to whole steps");
+  static_assert(kSharedBytes <= 99 * 1024, "every GPU since sm_80 can give a block this much");
+};
+
+// 16 bytes from global to shared memory; element by element where the source does not lie even.
+template <typename T, int N>
+__device__ __forceinline__ void copy_pack(Shared<T> to, const T* from, bool is_there, bool is_even) {
+  if (is_even) {
+    copy_async_16(to, from, is_there);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; i++) to[i] = is_there ? from[i] : T{};
+}
+
+// A warp's rows: lane 4 g + t holds of rows g and g + 8 (index 0 and 1) the columns 8 n + 2 t and the next of tile n.
+template <typename C>
+struct WarpState {
+  RowState rows[2];
+  float sums[C::kD / 8][4];
+};
+
+// One tile of keys, those of this warp: scores, softmax so far, sums. `q` is the warp's own rows; the tile begins with
+// slot `first`. visible(row, slot, score) is the score of the lane's row 0 or 1, -inf where it does not see the slot;
+// probabilities are 2^((score - maximum) factor).
+template <typename C, typename Visible>
+__device__ __forceinline__ void attend_tile(WarpState<C>& state, Shared<typename C::Element> q,
+                                            Shared<typename C::Element> stage, int first, int key_warp, float factor,
+                                            const Visible& visible) {
+  using T = typename C::Element;
+  using Product = WarpProduct<T>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, t = lane % 4;
+  const int own_first = key_warp * C::kWarpKeys;
+  const Shared<T> keys = stage + own_first * C::kStride;
+  const Shared<T> values = keys + C::kKeyTileSize;
+
+  // Scores of 8 keys a tile; where a warp has just 8, the second tile of the loaded pair is not used.
+  constexpr int kTiles = C::kWarpKeys / 8;
+  float scores[kTiles][4] = {};
+#pragma unroll
+  for (int d = 0; d < C::kD; d += Product::kDepth) {
+    typename Product::Left a;
+    Product::load_left(a, q + d, C::kStride, lane);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      typename Product::Right b[2];
+      Product::load_right_rows(b, keys + n * 8 * C::kStride + d, C::kStride, lane);
+      Product::multiply(scores[n], a, b[0]);
+      if (n + 1 < kTiles) Product::multiply(scores[n + 1 < kTiles ? n + 1 : n], a, b[1]);
+    }
+  }
+
+  // What a row does not see becomes -inf; the largest of each row over the lanes that hold it.
+  float largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int key = first + own_first + n * 8 + 2 * t + i % 2, row = i / 2;
+      scores[n][i] = visible(row, key, scores[n][i]);
+      largest[row] = fmaxf(largest[row], scores[n][i]);
+    }
+  }
+  float correction[2];
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    correction[row] = raise_maximum(state.rows[row], reduce_lanes<Max, 4>(largest[row]), factor);
+  }
+#pragma unroll
+  for (int n = 0; n < C::kD / 8; n++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) state.sums[n][i] *= correction[i / 2];
+  }
+
+  // Probabilities; a lane's share of the denominators is added up over lanes at the very end.
+  const float subtracted[2] = {subtrahend(state.rows[0].maximum), subtrahend(state.rows[1].maximum)};
+#pragma unroll
+  for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      scores[n][i] = probability(scores[n][i], subtracted[i / 2], factor);
+      state.rows[i / 2].denominator += scores[n][i];
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < C::kWarpKeys / Product::kDepth; step++) {
+    const typename Product::Left a = Product::left_of(&scores[step * Product::kDepth / 8]);
+#pragma unroll
+    for (int n = 0; n < C::kD / 8; n += 2) {
+      typename Product::Right b[2];
+      Product::load_right_columns(b, values + step * Product::kDepth * C::kStride + n * 8, C::kStride, lane);
+      Product::multiply(state.sums[n], a, b[0]);
+      Product::multiply(state.sums[n + 1], a, b[1]);
+    }
+  }
+}
+
+// The warps' states into shared memory: sums [key warp][row][kD], maxima and denominators [key warp][row][2].
+template <typename C>
+__device__ __forceinline__ void leave_state(WarpState<C>& state, int row_warp, int key_warp, Shared<float> sums,
+                                            Shared<float> states) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    const int index = key_warp * C::kRows + row_warp * kWarpRows + g + 8 * row;
+    const float denominator = reduce_lanes<Sum, 4>(state.rows[row].denominator);
+    if (t == 0) {
+      states[2 * index] = state.rows[row].maximum;
+      states[2 * index + 1] = denominator;
+    }
+#pragma unroll
+    for (int n = 0; n < C::kD / 8; n++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) sums[index * C::kD + n * 8 + 2 * t + i] = state.sums[n][2 * row + i];
+    }
+  }
+}
+
+// Of `count` parts of a row: the common maximum and, relative to it, the denominator. Part i is at `maximum_of(i)` and
+// `denominator_of(i)`.
+template <typename MaximumOf, typename DenominatorOf>
+__device__ __forceinline__ RowState merged(int count, float factor, const MaximumOf& maximum_of,
+                                           const DenominatorOf& denominator_of) {
+  RowState row;
+  for (int i = 0; i < count; i++) row.maximum = fmaxf(row.maximum, maximum_of(i));
+  for (int i = 0; i < count; i++) {
+    row.denominator += denominator_of(i) * probability(maximum_of(i), subtrahend(row.maximum), factor);
+  }
+  return row;
+}
+
+// What `leave_state` left of a row of the block: its maximum and denominator over the key warps.
+template <typename C>
+__device__ __forceinline__ RowState row_of_block(Shared<float> states, int row, float factor) {
+  return merged(
+      C::kKeyWarps, factor, [&](int i) -> float { return states[2 * (i * C::kRows + row)]; },
+      [&](int i) -> float { return states[2 * (i * C::kRows + row) + 1]; });
+}
+
+// The sum of one column of it, relative to the maximum of `whole`.
+template <typename C>
+__device__ __forceinline__ float sum_of_block(Shared<float> sums, Shared<float> states, int row, int column,
+                                              const RowState& whole, float factor) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < C::kKeyWarps; i++) {
+    const float maximum = states[2 * (i * C::kRows + row)];
+    const float part = sums[(i * C::kRows + row) * C::kD + column];
+    sum += part * probability(maximum, subtrahend(whole.maximum), factor);
+  }
+  return sum;
+}
+
+}  // namespace alula::tiles
