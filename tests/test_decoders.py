@@ -10,7 +10,7 @@ import alula
 import pytest
 import torch
 import transformers
-from alula import ops
+from alula.ops import decoder_blocks
 from decoder_cases import (
     FAMILIES,
     LANGUAGE_MODELS,
@@ -53,6 +53,8 @@ def test_everything_a_pass_returns(lm: str, seed: int) -> None:
     labels = ids if seed % 2 or mask is None else ids.masked_fill(mask == 0, -100)
     kwargs = {"attention_mask": mask, "labels": labels, "output_hidden_states": True, "output_attentions": True}
     theirs, ours = reference(ids, **kwargs), model(ids, **kwargs)
+    assert ours.keys() == list(theirs.keys())
+    assert len(model(ids, **kwargs, return_dict=False)) == len(ours)
     # Padding after a token sees what transformers lets it see, so there every position is compared.
     real = mask if padding == "left" else None
     assert worst(ours.logits, theirs.logits, real) <= TOLERANCE
@@ -429,7 +431,7 @@ def test_a_failing_pass_leaves_the_cache_as_it_was(lm: str, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "decoder_blocks_op", interrupted)
+        patch.setattr(decoder_blocks, "decoder_blocks_op", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 4:], past_key_values=cache)
     assert cache.get_seq_length() == 4

@@ -77,8 +77,11 @@ def test_double_heads(kind: str, options: dict[str, Any]) -> None:
         labels = {"labels": ids}
         if model.multiple_choice_head.summary is not None and model.multiple_choice_head.summary.out_features == 1:
             labels["mc_labels"] = torch.tensor([2, 0])
+        labels["output_hidden_states"] = True
         theirs, ours = reference(ids, **kwargs, **labels), model(ids, **kwargs, **labels)
         assert ours.keys() == list(theirs.keys())
+        for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            assert worst(a, b) <= TOLERANCE
         assert worst(ours.logits, theirs.logits) <= TOLERANCE
         assert worst(ours.mc_logits, theirs.mc_logits) <= TOLERANCE
         assert abs(ours.loss - theirs.loss) <= TOLERANCE

@@ -196,7 +196,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
 
         hidden_states: list[Tensor] | None = [x] if self._wants("output_hidden_states", output_hidden_states) else None
         attentions: list[Tensor] | None = [] if self._wants("output_attentions", output_attentions) else None
-        cross_attentions: list[Tensor] | None = [] if attentions is not None and has_encoder else None
+        cross_attentions: list[Tensor] | None = None if attentions is None else []  # empty without an encoder, as there
         kept_cross = cache.cross
         try:
             attend, positions = self._attend(
@@ -409,7 +409,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
             block_plan,
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
-            run.hidden, self.pool(run), run.hidden_states, run.cache, run.attentions, run.cross_attentions
+            run.hidden, self.pool(run), run.cache, run.hidden_states, run.attentions, run.cross_attentions
         )
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
 

@@ -246,7 +246,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
 
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         attentions: list[Tensor] | None = [] if output_attentions else None
-        cross_attentions: list[Tensor] | None = [] if output_attentions and has_encoder else None
+        cross_attentions: list[Tensor] | None = [] if output_attentions else None  # empty without an encoder, as there
         observe = cross = None
         before, kept_cross = cache.lengths, cache.cross
         positions, lengths = cache.prepare(tokens, padding)

@@ -113,8 +113,8 @@ class GPT2DoubleHeadsModel(GenerationMixin, DecoderWithHead, GPT2PreTrainedModel
             labels: int64, the shape of the ids, scored as a language model's. mc_labels: int64 [B], each in [0, C).
             logits_to_keep: as for :class:`GPT2LMHeadModel`, for inputs without choices; the second head sees all.
 
-        Returns logits [B, C, T, V] and mc_logits [B, C] (:class:`GPT2SequenceSummary`); hidden states and attentions
-        have B * C rows.
+        Returns logits [B, C, T, V] and mc_logits [B, C] (:class:`GPT2SequenceSummary`); hidden states (but for the
+        last, [B, C, T, E]) and attentions have B * C rows, as in transformers.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         leading: list[int] | None = None
@@ -143,13 +143,14 @@ class GPT2DoubleHeadsModel(GenerationMixin, DecoderWithHead, GPT2PreTrainedModel
         loss = None
         if labels is not None:
             loss = causal_lm_loss(logits, labels if leading is None else labels.flatten(0, 1))
+        hidden_states = run.hidden_states
         if leading is not None:
             logits, last = logits.unflatten(0, leading), last.unflatten(0, leading)
+            if hidden_states is not None:
+                hidden_states = (*hidden_states[:-1], last)
         mc_logits = self.multiple_choice_head(last, mc_token_ids).squeeze(-1)
         mc_loss = None if mc_labels is None else choice_loss(mc_logits, mc_labels)
-        output = GPT2DoubleHeadsModelOutput(
-            loss, mc_loss, logits, mc_logits, run.cache, run.hidden_states, run.attentions
-        )
+        output = GPT2DoubleHeadsModelOutput(loss, mc_loss, logits, mc_logits, run.cache, hidden_states, run.attentions)
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
 
 
