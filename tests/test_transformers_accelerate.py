@@ -233,27 +233,6 @@ def test_pickled_models(tmp_path) -> None:
     close(again(ids).logits, plain(ids).logits)
 
 
-def test_encoder_decoder_models() -> None:
-    """Its decoder looks at an encoder: transformers' blocks run, and the report says so."""
-    encoder = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=40
-    )
-    decoder = transformers.GPT2Config(
-        n_embd=16, n_head=2, n_layer=2, vocab_size=40, n_positions=32, is_decoder=True, add_cross_attention=True
-    )
-    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
-    config.decoder_start_token_id, config.pad_token_id = 1, 0
-    plain = transformers.EncoderDecoderModel(config).eval()
-    model = copy.deepcopy(plain)
-    report = at.accelerate(model)
-    ids = torch.randint(4, 40, (2, 5))
-    with pytest.warns(UserWarning, match="cross-attention"):
-        ours = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
-    assert torch.equal(ours, plain.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None))
-    assert not report.fast_calls
-    assert report.plain_calls
-
-
 def test_shares_vectors() -> None:
     """Biases and norms are the model's own memory; the parameters are not copied."""
     model = fresh("GPT2LMHeadModel")

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 import alula.integrations.transformers as at
 import torch
 from alula.integrations.transformers.cache import decoder_cache
-from decoder_cases import FAMILIES, hf_model, padding_mask, random_ids, random_values, randomise
+from decoder_cases import hf_model, padding_mask, random_ids
 from transformers_cases import IS_5, LANGUAGE_MODELS, close, left_padded, pair
 
 HEADS = (
@@ -221,33 +221,6 @@ def test_wrong_inputs_say_what_the_plain_model_says() -> None:
     with pytest.raises(ValueError, match="past_key_values holds"):
         models.fast(ids.repeat(2, 1), past_key_values=cache)
     assert cache.get_seq_length() == 4
-
-
-@pytest.mark.parametrize("cls", ["GPT2LMHeadModel"])
-def test_cross_attention_runs_on_the_plain_blocks(cls: str) -> None:
-    """Counted and said; the self-attention of later passes without an encoder is alula's again."""
-    model_type = next(kind for start, kind in FAMILIES.items() if cls.startswith(start))
-    values = {**random_values(3, model_type), "add_cross_attention": True, "is_decoder": True}
-    config = transformers.AutoConfig.for_model(model_type, **values, attn_implementation="eager")
-    plain = getattr(transformers, cls)(config).eval()
-    randomise(plain, 1)
-    fast = copy.deepcopy(plain)
-    report = at.accelerate(fast)
-    ids = random_ids(plain, 2, 5)
-    states = torch.randn(2, 4, plain.config.n_embd)
-    caches = []
-    for model in (plain, fast):
-        if model is fast:
-            with pytest.warns(UserWarning, match="cross-attention"):
-                out = model(ids, encoder_hidden_states=states, use_cache=True)
-        else:
-            out = model(ids, encoder_hidden_states=states, use_cache=True)
-        caches.append(out)
-    close(caches[1].logits, caches[0].logits)
-    assert report.plain_calls == {"cross-attention (encoder_hidden_states)": 1}
-    assert any("crossattention" in item.where for item in report.left)
-    close(fast(ids).logits, plain(ids).logits)
-    assert report.fast_calls == 1
 
 
 @pytest.mark.parametrize("cls", LANGUAGE_MODELS)

@@ -165,6 +165,8 @@ def _lines(where: str, module: nn.Module, state: Any) -> list[Replaced]:
     norms = ", layer_norm" if family.name == "BigBird" else ""
     by = f"qkv_projection, {attention}, linear{norms}"
     lines = [Replaced(where, family.block.__name__, count, by, state.stack.nbytes)]
+    if state.stack.cross is not None:
+        lines.append(Replaced(where, "cross-attention", count, "linear, attention", state.stack.cross_nbytes))
     return [*lines, Replaced(where, "final LayerNorm", 1, "layer_norm", 0)] if family.is_decoder else lines
 
 
@@ -204,12 +206,14 @@ def _nothing_replaced(model: PreTrainedModel, report: Report) -> None:
 def _tell_of_the_rest(model: PreTrainedModel, taken: dict[int, nn.Module], report: Report) -> None:
     """Adds the modules with parameters that still run on PyTorch."""
     inside = {id(inner) for module in taken.values() for inner in _replaced_parts(module)}
+    plain = [module for module in taken.values() if _runs_no_cross(module)]
+    cross = {id(inner) for module in plain for name, inner in module.named_modules() if _is_cross(name)}
     for where, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if not own or id(module) in inside:
             continue
         why = "a look-up" if isinstance(module, nn.Embedding) else "not a part that alula replaces; PyTorch runs it"
-        if _is_cross(where):
+        if id(module) in cross:
             why = "cross-attention runs on transformers' blocks when encoder_hidden_states are given"
         report.left.append(Left(where, type(module).__name__, why))
 
@@ -219,8 +223,13 @@ def _replaced_parts(module: nn.Module) -> list[nn.Module]:
     state = module._alula
     if not isinstance(state, StackState):
         return [module]
-    inner = [part for name, part in state.family.blocks(module).named_modules() if not _is_cross(name)]
+    blocks = state.family.blocks(module)
+    inner = [part for name, part in blocks.named_modules() if not _runs_no_cross(module) or not _is_cross(name)]
     return [*inner, module.ln_f] if state.family.is_decoder else inner
+
+
+def _runs_no_cross(module: nn.Module) -> bool:
+    return isinstance(module._alula, StackState) and module._alula.stack.cross is None
 
 
 def _is_cross(where: str) -> bool:

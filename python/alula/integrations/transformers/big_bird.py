@@ -48,6 +48,8 @@ class BigBirdState(StackState):
 
     def why_plain(self, module: nn.Module, given: dict[str, Any]) -> str | None:
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        if given.get("encoder_hidden_states") is not None:
+            return "cross-attention (encoder_hidden_states)"
         ids = given.get("input_ids")
         tokens = (given["inputs_embeds"] if ids is None else ids).shape[1]
         if mask is not None and mask.dim() == 3:

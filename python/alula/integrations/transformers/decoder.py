@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPastAndCrossAttentions
 
-from alula.integrations.transformers import versions
+from alula.integrations.transformers import cross_attention, versions
 from alula.integrations.transformers.cache import FixedLayer, GrowingLayer, adopt, decoder_cache
 from alula.integrations.transformers.families import Family
 from alula.integrations.transformers.packing import PackedStack
@@ -52,6 +52,7 @@ class DecoderState(StackState):
             *versions.FORWARD,
             "head_mask",
             "encoder_hidden_states",
+            "encoder_attention_mask",
             "output_attentions",
             "output_hidden_states",
             "return_dict",
@@ -63,7 +64,12 @@ class DecoderState(StackState):
         if not module.config.__dict__.get("is_causal", True):
             return "config.is_causal is False"
         cache = given.get("past_key_values")
-        return None if cache is None else self.why_not_cache(cache)
+        reason = None if cache is None else self.why_not_cache(cache)
+        if reason is None and given.get("encoder_hidden_states") is not None:
+            ids = given.get("input_ids")
+            batch = given["inputs_embeds"].shape[0] if ids is None else ids.view(-1, ids.shape[-1]).shape[0]
+            reason = cross_attention.why_not(self.stack, given, batch, bool(wanted(module, given, "use_cache")))
+        return reason
 
     def run(self, module: nn.Module, given: dict[str, Any], tracing: bool) -> Any:
         return _run(module, self, given, tracing)
@@ -112,7 +118,20 @@ def _run(self: nn.Module, state: DecoderState, given: dict[str, Any], tracing: b
     observe = None
     if with_attentions or (with_hidden is not None and with_hidden is not False):
         observe = _observer(stack, run, masks_of_heads, hidden, attentions if with_attentions else None)
-    x = _run_blocks(stack, run, position_ids, masks_of_heads, observe)
+    cross, cross_attentions = None, [] if with_attentions else None
+    if given.get("encoder_hidden_states") is not None:
+        if isinstance(cache, EncoderDecoderCache):
+            adopt(cache.cross_attention_cache, len(stack.blocks))  # a new one of this pass
+        cross = cross_attention.CrossPass(
+            stack,
+            given["encoder_hidden_states"],
+            given.get("encoder_attention_mask"),
+            cache,
+            tokens,
+            masks_of_heads,
+            cross_attentions,
+        )
+    x = _run_blocks(stack, run, position_ids, masks_of_heads, observe, cross)
     if run.layers is not None:
         advance(run.layers, tokens, past)
 
@@ -122,7 +141,8 @@ def _run(self: nn.Module, state: DecoderState, given: dict[str, Any], tracing: b
     hidden_states = None
     if with_hidden is not None and with_hidden is not False:
         hidden_states = selected((*hidden, last), with_hidden)
-    return _output(self, family, given, last, cache, use_cache, hidden_states, tuple(attentions), with_attentions)
+    seen = (tuple(attentions), tuple(cross_attentions)) if with_attentions else None
+    return _output(self, family, given, last, cache, use_cache, hidden_states, seen)
 
 
 def _leading(input_shape: torch.Size, family: Family) -> tuple[int, ...]:
@@ -271,13 +291,14 @@ def _run_blocks(
     position_ids: Tensor,
     of_heads: list[Tensor] | None,
     observe: block_loops.BlockObserver | None,
+    cross: cross_attention.CrossPass | None,
 ) -> Tensor:
     mask = _score_mask(stack, run.mask)
     start = (stack.blocks, stack.shape, run.x, run.kv, run.positions, run.lengths, None, mask, of_heads, run.causal)
     if stack.family.name == "CodeGen":
         rotary = position_ids.to(torch.int32).expand(run.positions.shape).contiguous()
         return block_loops.run_parallel_blocks(*start, observe, stack.engine._rotary_table, rotary)
-    return block_loops.run_blocks(*start, observe)
+    return block_loops.run_blocks(*start, observe, cross)
 
 
 def advance(layers: list, tokens: int, past: int | Tensor) -> None:
@@ -299,19 +320,18 @@ def _output(
     cache: Cache | None,
     use_cache: Any,
     hidden_states: tuple | None,
-    attentions: tuple,
-    with_attentions: bool,
+    attentions: tuple[tuple, tuple] | None,  # and those of cross-attention
 ) -> Any:
     kept = {
         "last_hidden_state": last,
         "past_key_values": cache if use_cache or family.name != "GPT-2" else None,
         "hidden_states": hidden_states,
-        "attentions": attentions if with_attentions else None,
+        "attentions": None if attentions is None else attentions[0],
     }
     if family.name == "CodeGen":
         output = BaseModelOutputWithPast(**kept)
     else:
-        cross = () if with_attentions and tells_of_cross_attention(self) else None
+        cross = attentions[1] if attentions is not None and tells_of_cross_attention(self) else None
         output = BaseModelOutputWithPastAndCrossAttentions(**kept, cross_attentions=cross)
     return_dict = given.get("return_dict")
     if return_dict is None:

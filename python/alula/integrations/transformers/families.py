@@ -38,7 +38,8 @@ class Family(NamedTuple):
     body, block: transformers' classes of what holds the blocks and of one. parts: the classes inside a block whose
     forward methods are replaced. dense: the class of its matrices. engine: alula's class of the body. path: where the
     blocks are in both. count: the configuration's name of how many. act: how the configuration and the modules call the
-    activation.
+    activation. has_cross: whether cross-attention is replaced too; in transformers that of GPTBigCode does not run, and
+    BigBird's self-attention looks at the encoder, too, when there is one, so both are left as they are.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family(NamedTuple):
     path: str = "h"
     count: str = "n_layer"
     act: tuple[str, str] = ("activation_function", "act")
+    has_cross: bool = False
 
     def blocks(self, body: nn.Module) -> nn.ModuleList:
         """The blocks of transformers' body, or of alula's."""
@@ -73,6 +75,7 @@ FAMILIES = (
         Conv1D,
         GPT2Model,
         GPT2Config,
+        has_cross=True,
     ),
     Family(
         "GPTBigCode",
@@ -164,9 +167,10 @@ def inspect_stack(module: nn.Module, family: Family, engine: PreTrainedModel) ->
 
 def _inspect_block(where: str, index: int, block: nn.Module, family: Family, activation: str) -> None:
     _own_forward(block, family.block, where)
-    layer = getattr(block.attn, "layer_idx", None) if family.is_decoder else block.attention.seed
-    if layer != index:
-        raise NotReplaceable(f"{where} says layer_idx={layer}; blocks must be in the order of their caches")
+    attentions = (block.attn, getattr(block, "crossattention", block.attn)) if family.is_decoder else (block.attention,)
+    for layer in (getattr(attention, "layer_idx" if family.is_decoder else "seed", None) for attention in attentions):
+        if layer != index:
+            raise NotReplaceable(f"{where} says layer_idx={layer}; blocks must be in the order of their caches")
     act = type(ACT2FN[activation]) if isinstance(activation, str) else None
     for name, inner in block.named_modules():
         path = f"{where}.{name}"

@@ -8,10 +8,7 @@ memory, its version counter): what changed is packed again. Changes written thro
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import operator
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,14 +25,14 @@ from alula.integrations.transformers.families import (
 )
 from alula.models.base import PreTrainedModel
 from alula.models.blocks import BlockShape, BlockStack, BlockWeights, ParallelBlockWeights
+from alula.models.cross_attention import CrossWeights
 from alula.models.layers import WeightModule
 
 __all__ = ["PackedHead", "PackedStack", "Watch", "changed_too_far"]
 
 
-# Cross-attention stays in transformers; BigBird's blocks are bound with its layer norm all the same.
+# Where transformers runs cross-attention itself, BigBird's blocks are bound with its layer norm all the same.
 _CROSS, _CROSS_NORM = ("crossattention.", "ln_cross_attn."), "crossattention.output."
-_ALIGNMENT, _LARGE_PAGE = 4096, 2 << 20
 _VERSION = operator.attrgetter("_version")
 
 
@@ -81,13 +78,15 @@ class PackedStack:
     """The blocks of a model as alula's loops over blocks take them.
 
     Attributes:
-        blocks: per block the bound tensors. shape: their sizes. dtype: of all. engine: alula's model that owns the
-            packed tensors (it has no embeddings of its own).
+        blocks: per block the bound tensors. cross: per block those of cross-attention, where alula runs it. shape:
+            their sizes. dtype: of all. engine: alula's model that owns the packed tensors (it has no embeddings of its
+            own).
     """
 
     engine: PreTrainedModel
     shape: BlockShape
     dtype: torch.dtype
+    cross: list[CrossWeights] | None
 
     def __init__(self, module: nn.Module, family: Family) -> None:
         self.family = family
@@ -98,16 +97,9 @@ class PackedStack:
         dtype = dtype_of(module, self.family)
         engine = self.family.engine(engine_config(module, self.family), dtype=dtype, init_weights=False)
         inspect_stack(module, self.family, engine)
-        blocks, memory = [], None
-        pairs = list(zip(self.family.blocks(module), self.family.blocks(engine), strict=True))
-        with torch.inference_mode(False), torch.no_grad():
-            for pair in pairs:
-                bound = self._pack_block(*pair)
-                memory = memory or _Memory(bound, len(pairs))
-                blocks.append(type(bound)(*map(memory.take, bound)))
         self.engine, self.shape, self.dtype = engine, engine._shape, dtype
-        self.blocks = _bound(blocks, self.shape)
-        self.watch(module)
+        count = len(self.family.blocks(module))
+        self._pack_blocks(module, range(count), [None] * count, [None] * count)
 
     def watch(self, module: nn.Module) -> None:
         """Takes the module as it is now for what is packed."""
@@ -116,17 +108,21 @@ class PackedStack:
         self._watches = [Watch(block.modules()) for block in blocks]
         self._watch_all = Watch(blocks.modules())
 
-    @staticmethod
-    def _pack_block(block: nn.Module, counterpart: nn.Module) -> tuple:
-        parameters = dict(block.named_parameters())
-        for name, slot in counterpart.weight_slots().items():
-            if not name.startswith(_CROSS) or name.startswith(_CROSS_NORM):
-                _share_or_write(slot.module, slot.name, parameters[name])
-        bound = counterpart.bind()
-        for owner in counterpart.modules():
-            if isinstance(owner, WeightModule):
-                owner._data.clear()  # the bound tensors are all that is needed
-        return bound
+    def _pack_blocks(self, module: nn.Module, indices: Iterable[int], blocks: list[Any], cross: list[Any]) -> None:
+        """Packs the blocks of these indices; the lists hold the others."""
+        modules, counterparts = self.family.blocks(module), self.family.blocks(self.engine)
+        has_cross = self.family.has_cross and bool(getattr(self.engine.config, "add_cross_attention", False))
+        with torch.inference_mode(False), torch.no_grad():
+            for index in indices:
+                parameters = dict(modules[index].named_parameters())
+                for name, slot in counterparts[index].weight_slots().items():
+                    if has_cross or not name.startswith(_CROSS) or name.startswith(_CROSS_NORM):
+                        _share_or_write(slot.module, slot.name, parameters[name])
+                blocks[index] = counterparts[index].bind()
+                cross[index] = counterparts[index].bind_cross() if has_cross else None
+        self.blocks = _bound(blocks, self.shape)
+        self.cross = cross if has_cross else None
+        self.watch(module)
 
     def follow(self, module: nn.Module) -> bool:
         """Packs again what changed; whether something had."""
@@ -146,54 +142,22 @@ class PackedStack:
         if dtype_of(module, self.family) != self.dtype:
             self.pack(module)
             return
-        blocks = list(self.blocks)
-        modules, counterparts = self.family.blocks(module), self.family.blocks(self.engine)
-        with torch.inference_mode(False), torch.no_grad():
-            for index in stale:
-                pairs = zip(self._pack_block(modules[index], counterparts[index]), blocks[index], strict=True)
-                moved = (_move(new, there) for new, there in pairs)
-                blocks[index] = type(blocks[index])(*moved)
-        self.blocks = _bound(blocks, self.shape)
-        self.watch(module)
+        cross = [None] * len(self.blocks) if self.cross is None else list(self.cross)
+        self._pack_blocks(module, stale, list(self.blocks), cross)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copies: what is shared with the module is not counted."""
-        return sum(tensor.nbytes for block in self.blocks for tensor in block if isinstance(tensor, ops.PackedWeight))
+        """Bytes of the copies of the blocks without cross-attention: what is shared with the module is not counted."""
+        return _packed_bytes(self.blocks)
+
+    @property
+    def cross_nbytes(self) -> int:
+        """Bytes of the copies of cross-attention."""
+        return _packed_bytes(self.cross or ())
 
 
-def _move(new: Any, there: Any) -> Any:
-    """A matrix in the memory of the one before it; anything else as it is."""
-    return there._replace(data=there.data.copy_(new.data)) if isinstance(new, ops.PackedWeight) else new
-
-
-class _Memory:
-    """One stretch of memory for the packed matrices of all blocks, in the order in which a pass reads them.
-
-    It is fresh from the system and asks for large pages: matrices that come one by one land in memory that loading a
-    model has left behind, in small pages (a step through CodeGen-350M's blocks in bf16 took a tenth longer there).
-    """
-
-    def __init__(self, first: tuple[Any, ...], blocks: int) -> None:
-        total = blocks * sum(self._size(tensor) for tensor in first if isinstance(tensor, ops.PackedWeight))
-        self._bytes = torch.empty(total, dtype=torch.uint8)
-        self._used = 0
-        begin = -(-self._bytes.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
-        length = (self._bytes.data_ptr() + total) // _LARGE_PAGE * _LARGE_PAGE - begin
-        if length > 0 and sys.platform == "linux":  # a wish: failing is fine
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
-
-    @staticmethod
-    def _size(weight: ops.PackedWeight) -> int:
-        return -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
-
-    def take(self, tensor: Any) -> Any:
-        """A matrix moved here; anything else as it is."""
-        if not isinstance(tensor, ops.PackedWeight):
-            return tensor
-        place = self._bytes[self._used : self._used + tensor.nbytes].view(tensor.data.dtype).view(tensor.data.shape)
-        self._used += self._size(tensor)
-        return tensor._replace(data=place.copy_(tensor.data))
+def _packed_bytes(blocks: Iterable[tuple[Any, ...]]) -> int:
+    return sum(tensor.nbytes for block in blocks for tensor in block if isinstance(tensor, ops.PackedWeight))
 
 
 def _bound(blocks: list[tuple], shape: BlockShape) -> BlockStack | list[tuple]:

@@ -82,10 +82,11 @@ class StackState:
         """forward(**given) of the module, on alula where it can be."""
         tracing = torch.compiler.is_compiling()
         self._check(module, given)
+        grad = torch.is_grad_enabled()
         with torch.no_grad():
             if not tracing:
                 self.follow(module)
-            reason = self._why_plain(module, given, tracing)
+            reason = self._why_plain(module, given, tracing, grad)
             if reason is None:
                 if not tracing:
                     self.fast += 1
@@ -112,12 +113,13 @@ class StackState:
                 "alula.integrations.transformers.restore(model) first"
             )
 
-    def _why_plain(self, module: nn.Module, given: dict[str, Any], tracing: bool) -> str | None:
+    def _why_plain(self, module: nn.Module, given: dict[str, Any], tracing: bool, grad: bool) -> str | None:
         for name, value in given.items():
             if value is not None and name not in self.acted_on and name not in _WITHOUT_EFFECT:
                 return f"the argument {name} is not known to alula"
-        if given.get("encoder_hidden_states") is not None:
-            return "cross-attention (encoder_hidden_states)"
+        states = given.get("encoder_hidden_states")
+        if grad and states is not None and states.requires_grad:
+            return "encoder_hidden_states requires grad"
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             return "not exactly one of input_ids and inputs_embeds"
         mask, head_mask = given.get("attention_mask"), given.get("head_mask")
