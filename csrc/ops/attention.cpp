@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "core/cuda.h"
+#include "core/refuse_grad.h"
 #include "core/scratch.h"
 #include "core/tensor.h"
 #include "core/trace.h"
@@ -309,13 +310,13 @@ void attention_into(const Tensor& q, const Tensor& kv_cache, const Tensor& posit
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
-  m.impl("attention", TORCH_BOX(&attention));
-  m.impl("attention_into", TORCH_BOX(&attention_into));
+  m.impl("attention", ALULA_BOX(attention));
+  m.impl("attention_into", ALULA_BOX(attention_into));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) {
-  m.impl("attention", TORCH_BOX(&attention));
-  m.impl("attention_into", TORCH_BOX(&attention_into));
+  m.impl("attention", ALULA_BOX(attention));
+  m.impl("attention_into", ALULA_BOX(attention_into));
 }
 
 }  // namespace alula

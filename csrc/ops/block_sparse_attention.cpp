@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/refuse_grad.h"
 #include "core/scratch.h"
 #include "core/tensor.h"
 #include "core/trace.h"
@@ -357,9 +358,9 @@ Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("block_sparse_attention", ALULA_BOX(block_sparse_attention)); }
 
 // For the error above: without a kernel, torch would say less.
-STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("block_sparse_attention", ALULA_BOX(block_sparse_attention)); }
 
 }  // namespace alula

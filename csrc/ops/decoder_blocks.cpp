@@ -12,6 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "core/refuse_grad.h"
 #include "core/tensor.h"
 #include "cpu/panel_gemm_parallel.h"
 #include "ops/calls.h"
@@ -270,8 +271,8 @@ Tensor decoder_blocks(const Tensor& x, int64_t id, const std::vector<Tensor>& kv
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
-  m.impl("bind_decoder_blocks", TORCH_BOX(&bind_decoder_blocks));
-  m.impl("decoder_blocks", TORCH_BOX(&decoder_blocks));
+  m.impl("bind_decoder_blocks", ALULA_BOX(bind_decoder_blocks));
+  m.impl("decoder_blocks", ALULA_BOX(decoder_blocks));
 }
 
 }  // namespace alula

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "core/cuda.h"
+#include "core/refuse_grad.h"
 #include "core/tensor.h"
 #include "core/trace.h"
 #include "cpu/panel_gemm_parallel.h"
@@ -113,7 +114,7 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("embedding", TORCH_BOX(&embedding)); }
-STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("embedding", TORCH_BOX(&embedding)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("embedding", ALULA_BOX(embedding)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("embedding", ALULA_BOX(embedding)); }
 
 }  // namespace alula

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "core/cuda.h"
+#include "core/refuse_grad.h"
 #include "core/scratch.h"
 #include "core/tensor.h"
 #include "core/trace.h"
@@ -67,7 +68,7 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm)); }
-STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("layer_norm", ALULA_BOX(layer_norm)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("layer_norm", ALULA_BOX(layer_norm)); }
 
 }  // namespace alula

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "core/cuda.h"
+#include "core/refuse_grad.h"
 #include "core/tensor.h"
 #include "cpu/panel_gemm_parallel.h"
 #include "ops/calls.h"
@@ -105,7 +106,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t out_features, const
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }
-STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("linear", ALULA_BOX(linear)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("linear", ALULA_BOX(linear)); }
 
 }  // namespace alula

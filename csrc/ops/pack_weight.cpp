@@ -4,6 +4,7 @@
 //
 // Pure moves of 2- or 4-byte elements, done once at load, in address order of the packed side. Any strides of the plain
 // side, so that a transposed (Conv1D) checkpoint tensor is packed from its view.
+#include "core/refuse_grad.h"
 #include "core/tensor.h"
 #include "cpu/panel_gemm_args.h"
 #include "cpu/panel_gemm_parallel.h"
@@ -99,13 +100,13 @@ Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_feat
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
-  m.impl("pack_weight", TORCH_BOX(&pack_weight));
-  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+  m.impl("pack_weight", ALULA_BOX(pack_weight));
+  m.impl("unpack_weight", ALULA_BOX(unpack_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) {
-  m.impl("pack_weight", TORCH_BOX(&pack_weight));
-  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+  m.impl("pack_weight", ALULA_BOX(pack_weight));
+  m.impl("unpack_weight", ALULA_BOX(unpack_weight));
 }
 
 }  // namespace alula

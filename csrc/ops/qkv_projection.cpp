@@ -3,6 +3,7 @@
 #include <array>
 
 #include "core/cuda.h"
+#include "core/refuse_grad.h"
 #include "core/tensor.h"
 #include "cpu/panel_gemm_parallel.h"
 #include "ops/calls.h"
@@ -122,7 +123,7 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
   return q;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("qkv_projection", TORCH_BOX(&qkv_projection)); }
-STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("qkv_projection", TORCH_BOX(&qkv_projection)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("qkv_projection", ALULA_BOX(qkv_projection)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("qkv_projection", ALULA_BOX(qkv_projection)); }
 
 }  // namespace alula

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/refuse_grad.h"
 #include "core/tensor.h"
 #include "cpu/panel_gemm_args.h"
 #include "cpu/panel_gemm_parallel.h"
@@ -221,8 +222,8 @@ Tensor dequantize_weight(const Tensor& packed, int64_t out_features, int64_t in_
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
-  m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
-  m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
+  m.impl("quantize_weight", ALULA_BOX(quantize_weight));
+  m.impl("dequantize_weight", ALULA_BOX(dequantize_weight));
 }
 
 }  // namespace alula

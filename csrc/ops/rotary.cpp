@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "core/cuda.h"
+#include "core/refuse_grad.h"
 #include "core/trace.h"
 #include "cpu/parallel.h"
 #include "ops/kv_cache.h"
@@ -85,13 +86,13 @@ void rotary_(const Tensor& q, const Tensor& k, const Tensor& positions, const Te
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
-  m.impl("rotary", TORCH_BOX(&rotary));
-  m.impl("rotary_", TORCH_BOX(&rotary_));
+  m.impl("rotary", ALULA_BOX(rotary));
+  m.impl("rotary_", ALULA_BOX(rotary_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) {
-  m.impl("rotary", TORCH_BOX(&rotary));
-  m.impl("rotary_", TORCH_BOX(&rotary_));
+  m.impl("rotary", ALULA_BOX(rotary));
+  m.impl("rotary_", ALULA_BOX(rotary_));
 }
 
 }  // namespace alula

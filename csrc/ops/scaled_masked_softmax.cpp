@@ -3,6 +3,7 @@
 #include <array>
 
 #include "core/cuda.h"
+#include "core/refuse_grad.h"
 #include "core/scratch.h"
 #include "core/tensor.h"
 #include "core/trace.h"
@@ -89,7 +90,7 @@ Tensor scaled_masked_softmax(const Tensor& scores, const OptionalTensor& mask, d
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("scaled_masked_softmax", TORCH_BOX(&scaled_masked_softmax)); }
-STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("scaled_masked_softmax", TORCH_BOX(&scaled_masked_softmax)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("scaled_masked_softmax", ALULA_BOX(scaled_masked_softmax)); }
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("scaled_masked_softmax", ALULA_BOX(scaled_masked_softmax)); }
 
 }  // namespace alula
