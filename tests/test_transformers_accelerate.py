@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import types
+import weakref
 from typing import Any
 
 import pytest
@@ -91,6 +93,17 @@ def test_report_says_everything() -> None:
     }
     inside = {name for name in with_parameters if name.startswith(("transformer.h.", "transformer.ln_f", "lm_head"))}
     assert with_parameters == left | inside
+
+
+def test_restore_frees_the_copies_while_the_report_lives() -> None:
+    model = fresh()
+    report = at.accelerate(model)
+    packed = weakref.ref(model.transformer._alula.stack.engine)
+    at.restore(model)
+    gc.collect()
+    assert packed() is None
+    assert report.fast_calls == 0
+    assert "GPT2Block" in str(report)
 
 
 def test_accelerate_model_returns_the_model() -> None:

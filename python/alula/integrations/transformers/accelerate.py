@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 import alula
-from alula.integrations.transformers import head, versions
+from alula.integrations.transformers import head, released, versions
 from alula.integrations.transformers.big_bird import BigBirdState
 from alula.integrations.transformers.cache import has_our_layers
 from alula.integrations.transformers.decoder import DecoderState
@@ -34,12 +36,17 @@ class _Plan(NamedTuple):
     lines: list[Replaced]
 
 
-def accelerate(model: PreTrainedModel) -> Report:
+def accelerate(model: PreTrainedModel, *, keep_weights: bool | None = None) -> Report:
     """Makes this model run on alula; no other model, and no class, is touched.
 
     Args:
         model: any class of GPT-2, GPTBigCode, CodeGen or BigBird, or one that contains their models; on the CPU, in
             evaluation mode, in float32, bfloat16 or float16.
+        keep_weights: False gives up the model's own matrices, block by block, for the packed ones: those of the blocks
+            and of an output projection that no embedding shares. ``state_dict``, ``save_pretrained``, ``restore`` and
+            ``load_state_dict`` make them again, bit for bit, and ``.to()`` works; what else reads them fails, and so
+            does a call that needs transformers' own blocks. True keeps them, and makes those again that were given up.
+            Default: True, or what an earlier call said.
 
     Returns: what was replaced and what was left, and why. Calling it again changes nothing, packs weights that changed,
         and reports again.
@@ -50,13 +57,35 @@ def accelerate(model: PreTrainedModel) -> Report:
     versions.check()
     refuse(model)
     report = Report(type(model).__name__, {"alula": alula.__version__, "transformers": versions.VERSION})
-    plans, taken = [], {}
+    plans: list[_Plan] = []
+    try:
+        taken = _take(model, keep_weights, plans, report)
+    except BaseException:
+        released.give_back(model)
+        raise
+    for plan in plans:
+        _put_on(plan)
+        report.replaced += plan.lines
+        report.states.append(plan.state)
+    _tell_of_the_rest(model, taken, report)
+    report.released_bytes = sum(module._parameters[name].nbytes for module, name in released.names_of(model))
+    return report
+
+
+def _take(
+    model: PreTrainedModel, keep_weights: bool | None, plans: list[_Plan], report: Report
+) -> dict[int, nn.Module]:
+    """Packs what can be replaced and appends it to ``plans``. Returns every module that alula runs, by id."""
+    taken: dict[int, nn.Module] = {}
+    keep, shared = keep_weights is not False, _shared(model)
     for module in model.modules():
         if _is_accelerated(module) and not _runs_ours(module):
             _take_off(module)  # unpickled: methods put on an instance come back as those of its class
     for where, module in model.named_modules():
         if _is_accelerated(module):
             module._alula.follow(module)
+            if keep_weights is not None:
+                _set_keep(module, keep_weights, shared)
             taken[id(module)] = module
             report.replaced += _lines(where, module, module._alula)
             report.states.append(module._alula)
@@ -65,7 +94,7 @@ def accelerate(model: PreTrainedModel) -> Report:
         if family is None:
             continue
         try:
-            state = (DecoderState if family.is_decoder else BigBirdState)(module, family)
+            state = (DecoderState if family.is_decoder else BigBirdState)(module, family, keep, shared)
         except NotReplaceable as error:
             report.left.append(Left(where or type(model).__name__, type(module).__name__, str(error)))
             continue
@@ -73,25 +102,35 @@ def accelerate(model: PreTrainedModel) -> Report:
         plans.append(_Plan(where, module, state, bound_forward(module), _lines(where, module, state)))
     if not taken:
         _nothing_replaced(model, report)
-    plans += _heads(model, taken, report)
-    for plan in plans:
-        _put_on(plan)
-        report.replaced += plan.lines
-        report.states.append(plan.state)
-    _tell_of_the_rest(model, taken, report)
-    return report
+    _heads(model, taken, report, plans, keep, shared)
+    return taken
 
 
-def accelerate_model(model: PreTrainedModel) -> PreTrainedModel:
+def _shared(model: nn.Module) -> frozenset[int]:
+    """Ids of the parameters that are in the model more than once."""
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return frozenset(parameter for parameter, count in counts.items() if count > 1)
+
+
+def _set_keep(module: nn.Module, keep: bool, shared: frozenset[int]) -> None:
+    state = module._alula
+    if isinstance(state, StackState):
+        state.stack.set_keep(module, keep, shared)
+    else:
+        state.packed.set_keep(module, keep or id(module.weight) in shared)
+
+
+def accelerate_model(model: PreTrainedModel, *, keep_weights: bool | None = None) -> PreTrainedModel:
     """:func:`accelerate`, returning the model, for use inside a call."""
-    accelerate(model)
+    accelerate(model, keep_weights=keep_weights)
     return model
 
 
 def restore(model: nn.Module) -> int:
     """Takes alula off every module of the model. Returns of how many; 0 for a model that was not accelerated.
 
-    Parameters, buffers and configuration were never touched: the model is what it was, bit for bit.
+    Parameters, buffers and configuration were never touched: the model is what it was, bit for bit. Matrices that were
+    given up (``keep_weights=False``) are made again, in new parameters of the same bits.
     """
     count = 0
     for module in _uncompiled(model).modules():
@@ -126,6 +165,8 @@ def _runs_ours(module: nn.Module) -> bool:
 
 
 def _take_off(module: nn.Module) -> None:
+    released.give_back(module)
+    module._alula.forget()
     module._alula_hook.remove()
     for name in _OURS:
         module.__dict__.pop(name, None)
@@ -142,7 +183,12 @@ def _put_on(plan: _Plan) -> None:
 
 def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     """nn.Module._apply (``to``, ``half``, ``cuda`` ...), then packs what it changed."""
-    type(self)._apply(self, fn, recurse)
+    if fn(torch.empty(0)).device.type != "cpu":
+        released.give_back(self)
+    with released.moved_aside(self) as empty:
+        type(self)._apply(self, fn, recurse)
+    for parameter in empty:
+        parameter.data = parameter.data.to(fn(torch.empty(0, dtype=parameter.dtype)).dtype)
     with contextlib.suppress(NotReplaceable):  # the next pass says it, when every part of the model is converted
         self._alula.follow(self)
     return self
@@ -170,9 +216,15 @@ def _lines(where: str, module: nn.Module, state: Any) -> list[Replaced]:
     return [*lines, Replaced(where, "final LayerNorm", 1, "layer_norm", 0)] if family.is_decoder else lines
 
 
-def _heads(model: PreTrainedModel, taken: dict[int, nn.Module], report: Report) -> list[_Plan]:
-    """The output projections that read what an accelerated decoder writes."""
-    plans: dict[int, _Plan] = {}
+def _heads(
+    model: PreTrainedModel,
+    taken: dict[int, nn.Module],
+    report: Report,
+    plans: list[_Plan],
+    keep: bool,
+    shared: frozenset[int],
+) -> None:
+    """Plans the output projections that read what an accelerated decoder writes."""
     names = {id(module): name for name, module in model.named_modules()}
     for owner in model.modules():
         if not isinstance(owner, PreTrainedModel) or id(owner) in taken:
@@ -180,17 +232,16 @@ def _heads(model: PreTrainedModel, taken: dict[int, nn.Module], report: Report) 
         if not any(id(child) in taken for child in owner.children()):
             continue
         module = owner.get_output_embeddings()
-        if module is None or id(module) not in names or id(module) in plans or _is_accelerated(module):
+        if module is None or id(module) not in names or id(module) in taken or _is_accelerated(module):
             continue
         where = names[id(module)]
         why = head.why_not(module)
         if why is None:
-            state = head.HeadState(module)
-            plans[id(module)] = _Plan(where, module, state, head.bound_forward(module), _lines(where, module, state))
+            state = head.HeadState(module, keep or id(module.weight) in shared)
+            plans.append(_Plan(where, module, state, head.bound_forward(module), _lines(where, module, state)))
             taken[id(module)] = module
         else:
             report.left.append(Left(where, type(module).__name__, why))
-    return list(plans.values())
 
 
 def _nothing_replaced(model: PreTrainedModel, report: Report) -> None:

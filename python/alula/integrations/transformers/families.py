@@ -19,6 +19,7 @@ from transformers.models.gpt_bigcode import modeling_gpt_bigcode as gpt_bigcode
 from transformers.pytorch_utils import Conv1D
 
 from alula.config import BigBirdConfig, CodeGenConfig, GPT2Config, GPTBigCodeConfig, PretrainedConfig
+from alula.integrations.transformers import released
 from alula.models.base import PreTrainedModel
 from alula.models.big_bird import BigBirdModel
 from alula.models.codegen import CodeGenModel
@@ -145,6 +146,7 @@ def inspect_stack(module: nn.Module, family: Family, engine: PreTrainedModel) ->
     if not getattr(module.config, "is_causal", True):
         raise NotReplaceable("config.is_causal is False: the decoder was made to look both ways")
     dtype = dtype_of(module, family)
+    without_memory = {id(owner._parameters[name]) for owner, name in released.names_of(family.blocks(module))}
     if family.is_decoder:
         if type(module.ln_f) is not nn.LayerNorm:
             raise NotReplaceable(f"ln_f is a {_class(module.ln_f)}; accepted: torch.nn.LayerNorm")
@@ -160,7 +162,7 @@ def inspect_stack(module: nn.Module, family: Family, engine: PreTrainedModel) ->
                 raise NotReplaceable(f"{where} has a parameter {name} that alula does not know")
             if tuple(parameter.shape) != shape:
                 raise NotReplaceable(f"{where}.{name} has shape {list(parameter.shape)}, expected {list(shape)}")
-            _plain_parameter(f"{where}.{name}", parameter, dtype)
+            _plain_parameter(f"{where}.{name}", parameter, dtype, id(parameter) in without_memory)
         if expected:
             raise NotReplaceable(f"{where} lacks {', '.join(expected)}")
 
@@ -197,7 +199,7 @@ def _own_forward(module: nn.Module, cls: type[nn.Module], where: str) -> None:
         raise NotReplaceable(f"{where} is a {_class(module)}, whose forward is not that of {cls.__name__}")
 
 
-def _plain_parameter(where: str, parameter: torch.Tensor, dtype: torch.dtype) -> None:
+def _plain_parameter(where: str, parameter: torch.Tensor, dtype: torch.dtype, is_released: bool = False) -> None:
     if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
         raise NotReplaceable(f"{where} is a {type(parameter.data).__name__}; accepted: plain tensors, not quantized")
     if parameter.dtype != dtype or dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -205,7 +207,7 @@ def _plain_parameter(where: str, parameter: torch.Tensor, dtype: torch.dtype) ->
             f"{where} has dtype {parameter.dtype}, other parameters {dtype}; accepted: one of float32, bfloat16, "
             "float16 for all"
         )
-    if parameter.device.type != "cpu":
+    if parameter.device.type != "cpu" and not is_released:
         raise NotReplaceable(f"{where} is on {parameter.device}; accepted: cpu")
 
 

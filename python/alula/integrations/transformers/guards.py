@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from alula.integrations.transformers.released import is_released
+
 __all__ = ["refuse"]
 
 
@@ -68,7 +70,14 @@ def _refuse_devices(model: PreTrainedModel) -> None:
     devices = sorted({str(device) for device in mapped.values()}) if mapped else []
     if len(devices) > 1:
         raise ValueError(f"the model is spread over devices ({', '.join(devices)}) by device_map; accepted: one device")
-    found = sorted({str(parameter.device) for parameter in model.parameters()})
+    found = sorted(
+        {
+            str(parameter.device)
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if not is_released(module, name)
+        }
+    )
     if found not in ([], ["cpu"]):
         raise ValueError(f"the model is on {', '.join(found)}; accepted: cpu")
     if getattr(model, "_tp_size", None) not in (None, 1) or getattr(model, "tp_size", None) not in (None, 1):

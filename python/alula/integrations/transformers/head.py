@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alula.integrations.transformers import released
 from alula.integrations.transformers.packing import PackedHead, changed_too_far
 
 __all__ = ["HeadState", "bound_forward", "why_not"]
@@ -18,17 +19,22 @@ linear_op = torch.ops.alula.linear.default
 class HeadState:
     """What an accelerated output projection carries as ``_alula``."""
 
-    def __init__(self, module: nn.Linear) -> None:
-        self.packed = PackedHead(module)
+    def __init__(self, module: nn.Linear, keep: bool = True) -> None:
+        self.packed = PackedHead(module, keep)
         self.fast = 0
 
     def follow(self, module: nn.Linear) -> None:
         """Packs again if the weight changed. NotReplaceable if it became what alula cannot read."""
         if self.packed.changed():
-            why = why_not(module)
+            where = released.written(module)
+            why = f"{where} was written in place, but was given up (keep_weights=False)" if where else why_not(module)
             if why:
                 raise changed_too_far(module, why)
             self.packed.pack(module)
+
+    def forget(self) -> None:
+        """Drops the packed copy, for a report outlives what it tells of."""
+        del self.packed
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -49,9 +55,14 @@ def bound_forward(module: nn.Linear) -> types.MethodType:
 
 def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """[..., E] -> [..., V]. Where gradients are followed, torch's own product."""
-    if torch.is_grad_enabled() and (input.requires_grad or self.training):
-        return F.linear(input, self.weight, self.bias)
     state: HeadState = self._alula
+    if torch.is_grad_enabled() and (input.requires_grad or self.training):
+        if released.is_released(self, "weight"):
+            raise RuntimeError(
+                "a gradient through the output projection needs its own weight, which was given up "
+                "(keep_weights=False): call under torch.no_grad(), or alula.integrations.transformers.restore(model)"
+            )
+        return F.linear(input, self.weight, self.bias)
     with torch.no_grad():
         if not torch.compiler.is_compiling():
             state.follow(self)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from alula import ops
+from alula.integrations.transformers import released
 from alula.integrations.transformers.families import (
     Family,
     NotReplaceable,
@@ -51,6 +52,7 @@ class Watch:
         # A tensor made in inference mode counts no versions.
         self._counted = [parameter for parameter in given if not parameter.is_inference()]
         self._versions = list(map(_VERSION, self._counted))
+        self._without_memory = [(parameter, parameter.dtype) for parameter in given if parameter.is_meta]
 
     def changed(self) -> bool:
         """Whether a parameter or submodule is another object, or a parameter lies elsewhere or was written in place."""
@@ -63,6 +65,7 @@ class Watch:
             or not all(map(operator.is_, children, self._children))
             or list(map(_VERSION, self._counted)) != self._versions
             or list(map(Tensor.data_ptr, self._given)) != self._pointers
+            or any(parameter.dtype != dtype for parameter, dtype in self._without_memory)
         )
 
 
@@ -77,6 +80,10 @@ def changed_too_far(module: nn.Module, why: str) -> NotReplaceable:
 class PackedStack:
     """The blocks of a model as alula's loops over blocks take them.
 
+    Args:
+        keep: whether the module keeps its own matrices beside the packed ones. shared: ids of parameters that it keeps
+            in any case, since other modules have them, too.
+
     Attributes:
         blocks: per block the bound tensors. cross: per block those of cross-attention, where alula runs it. shape:
             their sizes. dtype: of all. engine: alula's model that owns the packed tensors (it has no embeddings of its
@@ -88,12 +95,16 @@ class PackedStack:
     dtype: torch.dtype
     cross: list[CrossWeights] | None
 
-    def __init__(self, module: nn.Module, family: Family) -> None:
-        self.family = family
+    def __init__(
+        self, module: nn.Module, family: Family, keep: bool = True, shared: frozenset[int] = frozenset()
+    ) -> None:
+        self.family, self.keep = family, keep
+        self._find_shared(module, shared)
         self.pack(module)
 
     def pack(self, module: nn.Module) -> None:
         """Packs every block. NotReplaceable, with nothing changed, where the model is not what alula computes."""
+        released.give_back(self.family.blocks(module))
         dtype = dtype_of(module, self.family)
         engine = self.family.engine(engine_config(module, self.family), dtype=dtype, init_weights=False)
         inspect_stack(module, self.family, engine)
@@ -120,8 +131,37 @@ class PackedStack:
                         _share_or_write(slot.module, slot.name, parameters[name])
                 blocks[index] = counterparts[index].bind()
                 cross[index] = counterparts[index].bind_cross() if has_cross else None
+                if not self.keep:
+                    self._release(modules, index)
         self.blocks = _bound(blocks, self.shape)
         self.cross = cross if has_cross else None
+        self.watch(module)
+
+    def _release(self, modules: nn.ModuleList, index: int) -> None:
+        """Gives up the matrices of a block that are packed, but not those that other modules have, too."""
+        block = modules[index]
+        for name, slot in self.family.blocks(self.engine)[index].weight_slots().items():
+            is_packed = slot.name in slot.module._data and slot.name in slot.module._packed_names
+            if is_packed and f"{index}.{name}" not in self._shared:
+                path, _, last = name.rpartition(".")
+                released.release(block.get_submodule(path), last, slot)
+
+    def _find_shared(self, module: nn.Module, shared: frozenset[int]) -> None:
+        named = self.family.blocks(module).named_parameters(remove_duplicate=False)
+        self._shared = {name for name, parameter in named if id(parameter) in shared}
+
+    def set_keep(self, module: nn.Module, keep: bool, shared: frozenset[int]) -> None:
+        """Changes whether the module keeps its own matrices."""
+        if keep == self.keep:
+            return
+        self.keep = keep
+        self._find_shared(module, shared)
+        blocks = self.family.blocks(module)
+        if keep:
+            released.give_back(blocks)
+        else:
+            for index in range(len(blocks)):
+                self._release(blocks, index)
         self.watch(module)
 
     def follow(self, module: nn.Module) -> bool:
@@ -129,6 +169,9 @@ class PackedStack:
         blocks = self.family.blocks(module)
         if blocks is self._container and not self._watch_all.changed():
             return False
+        where = released.written(blocks)
+        if where:
+            raise changed_too_far(module, f"{where} was written in place, but was given up (keep_weights=False)")
         stale = [index for index, watch in enumerate(self._watches) if watch.changed()]
         try:
             in_blocks = blocks is self._container and 0 < len(stale) < len(self._watches) == len(blocks)
@@ -138,6 +181,9 @@ class PackedStack:
         return True
 
     def _repack(self, module: nn.Module, stale: list[int]) -> None:
+        blocks = self.family.blocks(module)
+        for index in stale:
+            released.give_back(blocks[index])
         inspect_stack(module, self.family, self.engine)
         if dtype_of(module, self.family) != self.dtype:
             self.pack(module)
@@ -175,15 +221,30 @@ def _share_or_write(module: WeightModule, name: str, value: Tensor) -> None:
 
 
 class PackedHead:
-    """The output projection [V, E] of a language model, packed."""
+    """The output projection [V, E] of a language model, packed; ``keep``: whether the module keeps its own, too."""
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: nn.Linear, keep: bool = True) -> None:
+        self.keep = keep
         self.pack(module)
 
     def pack(self, module: nn.Linear) -> None:
+        released.give_back(module)
         with torch.no_grad():
             self.weight = ops.pack(module.weight.detach())
+        if not self.keep:
+            released.release(module, "weight", self)
         self._watch = Watch([module])
+
+    def set_keep(self, module: nn.Linear, keep: bool) -> None:
+        """Changes whether the module keeps its own matrix."""
+        if keep != self.keep:
+            self.keep = keep
+            released.give_back(module) if keep else released.release(module, "weight", self)
+            self._watch = Watch([module])
+
+    def read(self) -> Tensor:
+        """The matrix as it was."""
+        return self.weight.unpack()
 
     def changed(self) -> bool:
         """Whether the weight is no longer what was packed."""

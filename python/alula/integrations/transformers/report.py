@@ -34,7 +34,8 @@ class Report:
     """The outcome of ``accelerate``; ``print(report)`` says it in words.
 
     Attributes:
-        model: class of the model. versions: library -> version. replaced, left: see there.
+        model: class of the model. versions: library -> version. replaced, left: see there. released_bytes: of the
+            model's own matrices that were given up (``keep_weights=False``).
     """
 
     model: str
@@ -42,6 +43,7 @@ class Report:
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     states: list[Any] = field(default_factory=list, repr=False)
+    released_bytes: int = 0
 
     @property
     def fast_calls(self) -> int:
@@ -66,6 +68,10 @@ class Report:
             lines.append(f"  replaced  {item.count:>4} x {item.what}{where} -> {item.by}, {item.nbytes / 1e6:.1f} MB")
         for item in self.left:
             lines.append(f"  left      {item.what} {item.where}: {item.why}")
+        if self.released_bytes:
+            lines.append(
+                f"  given up  {self.released_bytes / 1e6:.1f} MB of the model's own matrices; restore makes them again"
+            )
         lines.append(f"  calls     {self.fast_calls} on alula, {sum(self.plain_calls.values())} on transformers")
         lines += [f"              {count} of those: {why}" for why, count in self.plain_calls.items()]
         return "\n".join(lines)

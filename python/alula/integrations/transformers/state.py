@@ -44,9 +44,11 @@ class StackState:
 
     acted_on: frozenset[str] = frozenset()
 
-    def __init__(self, module: nn.Module, family: Family) -> None:
+    def __init__(
+        self, module: nn.Module, family: Family, keep: bool = True, shared: frozenset[int] = frozenset()
+    ) -> None:
         self.family = family
-        self.stack = PackedStack(module, family)
+        self.stack = PackedStack(module, family, keep, shared)
         self.fast = self.repacked = 0
         self.plain: Counter[str] = Counter()
         rates = ("attn_pdrop", "attention_probs_dropout_prob")
@@ -60,6 +62,10 @@ class StackState:
         if self.stack.follow(module):
             self.repacked += 1
             self._find_hooks(module)
+
+    def forget(self) -> None:
+        """Drops the packed copies, for a report outlives what it tells of."""
+        del self.stack
 
     def _find_hooks(self, module: nn.Module) -> None:
         """Hooks on modules inside the blocks would not run: these dictionaries are looked at before every pass."""
@@ -91,6 +97,12 @@ class StackState:
                 if not tracing:
                     self.fast += 1
                 return self.run(module, given, tracing)
+        if not self.stack.keep:
+            raise RuntimeError(
+                f"this call of a {type(module).__name__} needs transformers' own blocks ({reason}), whose matrices "
+                "were given up (keep_weights=False). Call accelerate(model, keep_weights=True), or "
+                "alula.integrations.transformers.restore(model)"
+            )
         if not tracing:
             if not self.plain[reason]:
                 text = f"alula: {type(module).__name__} runs on transformers' own blocks: {reason}"
