@@ -11,22 +11,29 @@ struct Moments {
 };
 
 // Of the n values f(i) .. f(i + lanes - 1), given as `Vec f(i, lanes)`; lanes beyond the count must come back as zero.
+// Each is asked for once, in order.
+constexpr int kNormChains = 4;  // independent sums hide the adder's latency
 template <typename F>
-ALULA_INLINE Moments moments_of(int64_t n, float eps, F f) {
+ALULA_INLINE float mean_of(int64_t n, F f) {
   constexpr int kWidth = Vec::kWidth;
-  constexpr int kChains = 4;  // independent sums hide the adder's latency
-  Vec sum[kChains] = {zero(), zero(), zero(), zero()};
+  Vec sum[kNormChains] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
-  for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
-    for (int c = 0; c < kChains; c++) sum[c] = sum[c] + f(i + c * kWidth, kWidth);
+  for (; i + kNormChains * kWidth <= n; i += kNormChains * kWidth) {
+    for (int c = 0; c < kNormChains; c++) sum[c] = sum[c] + f(i + c * kWidth, kWidth);
   }
   for (; i < n; i += kWidth) sum[0] = sum[0] + f(i, static_cast<int>(n - i < kWidth ? n - i : kWidth));
-  const float mean = reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<float>(n);
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<float>(n);
+}
 
+// Of the same values about their mean.
+template <typename F>
+ALULA_INLINE Moments moments_about(float mean, int64_t n, float eps, F f) {
+  constexpr int kWidth = Vec::kWidth;
   const Vec center = broadcast(mean);
-  for (int c = 0; c < kChains; c++) sum[c] = zero();
-  for (i = 0; i + kChains * kWidth <= n; i += kChains * kWidth) {
-    for (int c = 0; c < kChains; c++) {
+  Vec sum[kNormChains] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + kNormChains * kWidth <= n; i += kNormChains * kWidth) {
+    for (int c = 0; c < kNormChains; c++) {
       const Vec d = f(i + c * kWidth, kWidth) - center;
       sum[c] = fma(d, d, sum[c]);
     }
@@ -43,6 +50,11 @@ ALULA_INLINE Moments moments_of(int64_t n, float eps, F f) {
   }
   variance /= static_cast<float>(n);
   return {mean, 1.0f / std::sqrt(variance + eps)};
+}
+
+template <typename F>
+ALULA_INLINE Moments moments_of(int64_t n, float eps, F f) {
+  return moments_about(mean_of(n, f), n, eps, f);
 }
 
 // (x - mean) * inverse_deviation * weight + bias

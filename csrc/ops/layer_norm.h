@@ -27,8 +27,8 @@ struct LayerNormKernels {
   void (*normalize)(const LayerNormArgs& args, int64_t first, int64_t last, float* scratch);
 };
 
-// A row of z, the weight and the bias in fp32.
-inline int64_t scratch_floats(const LayerNormArgs& args) { return 3 * ((args.width + 15) / 16 * 16); }
+// The weight and the bias in fp32.
+inline int64_t scratch_floats(const LayerNormArgs& args) { return 2 * ((args.width + 15) / 16 * 16); }
 
 ALULA_DECLARE_KERNELS(LayerNormKernels, kLayerNorm)
 

@@ -15,9 +15,12 @@
 // -inf is a key that is not visible. A NaN or +inf among a row's v makes the whole row NaN, as torch.softmax does; what
 // a bool mask or the causal limit hides has no influence, whatever it is. A row with nothing visible is zeros. Two
 // scores whose difference overflows fp32 count as infinitely far apart.
+//
+// Tried, and slower for 16 bits: writing a row in parts while the next row's exponentials are made.
 #include "ops/scaled_masked_softmax.h"
 
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "core/dispatch.h"
@@ -71,7 +74,8 @@ ALULA_INLINE int64_t paired_part(int64_t n) { return n / (2 * kWidth) * (2 * kWi
 // Writes the n exponentials and returns their sum: 0 where nothing is visible, NaN where the row has no meaning.
 // kPaired: those of 2 * kWidth neighbours lie as the even ones, then the odd ones.
 template <typename T, typename Mask, bool kScaled, bool kExact, bool kPaired>
-float exponentials(const void* scores, const void* mask, float scale, int64_t n, const char* next, float* e) {
+float exponentials(const void* scores, const void* mask, float scale, int64_t n, const char* next,
+                   const void* next_mask, float* e) {
   const Row<T, Mask, kScaled> row = {static_cast<const T*>(scores), static_cast<const Mask*>(mask), broadcast(scale)};
   const auto two = [&](int64_t j) -> TwoVecs {
     if constexpr (kPaired) return row.pairs(j);
@@ -109,6 +113,10 @@ float exponentials(const void* scores, const void* mask, float scale, int64_t n,
     for (; i < twos; i += 2 * kWidth) {
       prefetch(next + i * sizeof(T));
       if constexpr (kWidth * sizeof(T) > 32) prefetch(next + (i + kWidth) * sizeof(T));
+      if constexpr (!std::is_same_v<Mask, NoMask>) {
+        prefetch(static_cast<const Mask*>(next_mask) + i);
+        if constexpr (kWidth * sizeof(Mask) > 32) prefetch(static_cast<const Mask*>(next_mask) + i + kWidth);
+      }
       const TwoVecs v = two(i);
       const Vec a = exponential(v.a), b = exponential(v.b);
       store(e + i, a);
@@ -173,7 +181,19 @@ void write_paired_row(const float* e, float factor, int64_t paired, int64_t n, v
   write_row<bf16, kPastCaches>(e + paired, factor, 0, n - paired, y + paired);
 }
 
-using Exponentials = float (*)(const void*, const void*, float, int64_t, const char*, float*);
+using Exponentials = float (*)(const void*, const void*, float, int64_t, const char*, const void*, float*);
+
+// What the causal limit hides is written as zeros, without exponentials, from the end of a line of keys on.
+constexpr int64_t kLineKeys = 64;  // whole lines of any type, and whole pairs
+
+void write_zeros(char* out, int64_t bytes, bool past_caches) {
+  constexpr int64_t kStep = kWidth * static_cast<int64_t>(sizeof(float));
+  int64_t i = 0;
+  if (past_caches && reinterpret_cast<size_t>(out) % 64 == 0) {
+    for (; i + kStep <= bytes; i += kStep) stream(reinterpret_cast<float*>(out + i), zero());
+  }
+  std::memset(out + i, 0, static_cast<size_t>(bytes - i));
+}
 
 using WriteRow = void (*)(const float*, float, int64_t, int64_t, void*);
 
@@ -256,10 +276,15 @@ void softmax(const ScaledMaskedSoftmaxArgs& args, int64_t first, int64_t last, f
       n = n < 0 ? 0 : n < keys ? n : keys;
     }
     const char* row = static_cast<const char*>(args.scores) + r * keys * bytes;
-    const float sum = exponentials_of(row, mask_row(args, r, n, gathered_mask), args.scale, n, row + keys * bytes, e);
-    for (int64_t j = n; j < keys; j++) e[j] = 0.0f;
-    write(e, sum == 0.0f ? 0.0f : 1.0f / sum, paired_part(n), keys,
-          static_cast<char*>(args.out) + r * keys * out_bytes);
+    const void* mask = mask_row(args, r, n, gathered_mask);
+    const void* next_mask = args.mask_key_stride == 1 && r + 1 < last ? mask_row(args, r + 1, n, nullptr) : mask;
+    const float sum = exponentials_of(row, mask, args.scale, n, row + keys * bytes, next_mask, e);
+    int64_t end = (n + kLineKeys - 1) / kLineKeys * kLineKeys;
+    if (end > keys) end = keys;
+    for (int64_t j = n; j < end; j++) e[j] = 0.0f;
+    char* out = static_cast<char*>(args.out) + r * keys * out_bytes;
+    write(e, sum == 0.0f ? 0.0f : 1.0f / sum, paired_part(n), end, out);
+    write_zeros(out + end * out_bytes, (keys - end) * out_bytes, args.writes_past_caches);
   }
   if (args.writes_past_caches) stream_fence();
 }
