@@ -116,7 +116,7 @@ def test_choices_that_cannot_be_right() -> None:
             model(ids, mc_token_ids=wrong)
     with pytest.raises(ValueError, match="label 3 is out of range; accepted: 0 to 2"):
         model(ids, mc_labels=torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match=r"labels have shape \[3\]; accepted: \[2\]"):
+    with pytest.raises(ValueError, match=r"mc_labels have shape \[3\]; accepted: \[2\]"):
         model(ids, mc_labels=torch.tensor([0, 1, 2]))
 
 
@@ -137,7 +137,7 @@ def test_question_answering(seed: int) -> None:
         assert worst(ours.end_logits, theirs.end_logits) <= TOLERANCE
         assert abs(ours.loss - theirs.loss) <= TOLERANCE
     assert model(ids).loss is None
-    with pytest.raises(ValueError, match=r"labels have shape \[2\]; accepted: \[3\]"):
+    with pytest.raises(ValueError, match=r"start_positions have shape \[2\]; accepted: \[3\]"):
         model(ids, start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([1, 2]))
 
 

@@ -26,6 +26,7 @@ __all__ = ["BLOCK_SIZES", "BatchPlan", "BlockPlan", "batch_plans"]
 
 BLOCK_SIZES = (16, 32, 64, 128)
 _CACHED_PLANS = 256  # a model in training has one for each layer and length
+_MOST_HEADS = 65536  # each head has lists of its own
 
 
 class BlockPlan:
@@ -101,8 +102,8 @@ class BlockPlan:
             num_blocks,
             block_size,
             _whole(num_random_blocks, "num_random_blocks"),
-            _whole(num_heads, "num_heads", 1),
-            _whole(layer_idx, "layer_idx"),
+            _whole(num_heads, "num_heads", 1, _MOST_HEADS),
+            _whole(layer_idx, "layer_idx", 0, 2**32 - 1),
             _whole(max_position_embeddings, "max_position_embeddings", 1),
         )
 
@@ -133,16 +134,16 @@ class BlockPlan:
         """
         num_tokens = _whole(num_tokens, "num_tokens", 1)
         num_blocks, block_size = _sizes(num_tokens, block_size)
-        tokens = tuple(_token(token, num_tokens) for token in global_tokens)
+        tokens = tuple(_token(token, num_tokens) for token in _numbers(global_tokens, "global_tokens"))
         return _pattern(
             num_blocks,
             block_size,
             _whole(window, "window", 1),
-            tuple(int(block) for block in global_blocks),
+            _numbers(global_blocks, "global_blocks"),
             tokens,
             _whole(num_random_blocks, "num_random_blocks"),
-            _whole(num_heads, "num_heads", 1),
-            _whole(seed, "seed"),
+            _whole(num_heads, "num_heads", 1, _MOST_HEADS),
+            _whole(seed, "seed", 0, 2**64 - 1),
             bool(is_causal),
         )
 
@@ -155,15 +156,22 @@ class BlockPlan:
         A block that occurs k times in a list counts k times. Raises ValueError for a block out of range.
         """
         _check_block_size(block_size)
-        heads = [list(head) for head in lists]
-        if not heads:
-            raise ValueError("no lists: a plan has one for each query block")
-        if all(_is_number(block) for row in heads for block in row):
-            heads = [heads]  # one list for each query block
+        try:
+            heads = [list(head) for head in lists]
+            if not heads:
+                raise ValueError("no lists: a plan has one for each query block")
+            if all(_is_number(block) for row in heads for block in row):
+                heads = [heads]  # one list for each query block
+            heads = [[list(row) for row in head] for head in heads]
+        except TypeError:
+            raise ValueError(
+                f"lists is {_short(lists)}; accepted: for each query block a list of numbers of key blocks, or such "
+                "lists for each head"
+            ) from None
         num_blocks = len(heads[0])
         if any(len(head) != num_blocks for head in heads):
             raise ValueError(f"heads have {sorted({len(head) for head in heads})} lists; all must have the same number")
-        flat = [[int(block) for block in row] for head in heads for row in head]
+        flat = [list(_numbers(row, f"the list of query block {i}")) for head in heads for i, row in enumerate(head)]
         starts = np.cumsum([0, *map(len, flat)])
         native = _C.BlockPlan.listed(num_blocks, len(heads), starts.tolist(), [block for row in flat for block in row])
         return cls(native, block_size, is_causal=is_causal, name="listed")
@@ -367,10 +375,27 @@ def _check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size is {block_size}; accepted: {', '.join(map(str, BLOCK_SIZES))}")
 
 
-def _whole(value: int, name: str, least: int = 0) -> int:
-    if not _is_number(value) or value < least:
-        raise ValueError(f"{name} is {value!r}; accepted: whole numbers from {least}")
+def _whole(value: int, name: str, least: int = 0, most: int | None = None) -> int:
+    if not _is_number(value) or value < least or (most is not None and value > most):
+        upper = "" if most is None else f" to {most}"
+        raise ValueError(f"{name} is {value!r}; accepted: whole numbers from {least}{upper}")
     return int(value)
+
+
+def _numbers(values: Iterable[int], name: str) -> tuple[int, ...]:
+    """Whole numbers, of Python or NumPy. ValueError for anything else, such as 1.5, which int() would round."""
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {values!r}; accepted: a list of whole numbers")
+    found = tuple(values)
+    for value in found:
+        if not _is_number(value):
+            raise ValueError(f"{name} holds {value!r}; accepted: whole numbers")
+    return tuple(map(int, found))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_number(value: object) -> bool:

@@ -28,7 +28,7 @@ from alula.models.big_bird_blocks import (
 from alula.models.blocks import BlockShape, embedding_op, product
 from alula.models.cross_attention import CrossAttention, make_cross_key_values
 from alula.models.decoder import see_from_padding
-from alula.models.inputs import InputChecks, out_of_range
+from alula.models.inputs import InputChecks, out_of_range, require_tensors
 from alula.models.layers import VERSION, Linear
 from alula.ops import ACTIVATIONS
 from alula.outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -143,6 +143,16 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
     ) -> BigBirdRun:
         """One pass through all blocks. Raises ValueError for inputs that do not fit, before the cache changes; should
         anything fail later, the cache is put back to where it was."""
+        require_tensors(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            head_mask=head_mask,
+        )
         self.check_inference(inputs_embeds, encoder_hidden_states)
         bound, shape, config = self._bind(), self._shape, self.config
         if (input_ids is None) == (inputs_embeds is None):

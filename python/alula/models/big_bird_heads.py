@@ -15,6 +15,7 @@ from alula.models.big_bird import BigBirdWithHead
 from alula.models.big_bird_blocks import BigBirdIntermediate, BigBirdOutput, layer_norm_op, stored
 from alula.models.blocks import product
 from alula.models.heads import choice_loss, sequence_classification_loss, span_loss, token_classification_loss
+from alula.models.inputs import require_tensors
 from alula.models.layers import Linear, Module
 from alula.ops import ACTIVATIONS
 from alula.outputs import (
@@ -118,6 +119,13 @@ class BigBirdForMultipleChoice(BigBirdWithHead):
     ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
         """Inputs have a dimension of choices: ids, masks, types and positions [B, C, T], embeddings [B, C, T, E].
         Logits are [B, C]; ``labels``: int64 [B], the right choice."""
+        require_tensors(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+        )
         given = input_ids if inputs_embeds is None else inputs_embeds
         dims = 3 if inputs_embeds is None else 4
         if given is not None and given.dim() != dims:
@@ -247,9 +255,10 @@ class BigBirdForQuestionAnswering(BigBirdWithHead):
 
         Raises ValueError for ids without a [SEP].
         """
+        require_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, question_lengths=question_lengths)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is not None and given.dim() >= 2 and given.numel():
-            question_lengths = self._question_lengths(input_ids, question_lengths, given.shape[0])
+            question_lengths = self._question_lengths(input_ids, question_lengths, *given.shape[:2])
         is_question = None
         if question_lengths is not None:
             is_question = torch.arange(given.shape[1], device=given.device) < question_lengths
@@ -278,13 +287,17 @@ class BigBirdForQuestionAnswering(BigBirdWithHead):
         )
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
 
-    def _question_lengths(self, ids: Tensor | None, given: Tensor | None, batch: int) -> Tensor | None:
+    def _question_lengths(self, ids: Tensor | None, given: Tensor | None, batch: int, tokens: int) -> Tensor | None:
         """[B, 1], or None where nothing tells them."""
         if given is not None:
             if given.numel() != batch or given.dim() > 2 or given.dtype.is_floating_point:
                 raise ValueError(
                     f"question_lengths has shape {list(given.shape)} and dtype {given.dtype}; accepted: int64 "
                     f"[{batch}, 1] or [{batch}]"
+                )
+            if bool(((given < 0) | (given > tokens)).any()):
+                raise ValueError(
+                    f"question_lengths holds {given.flatten().tolist()}; accepted: 0 to {tokens}, the tokens"
                 )
             return given.reshape(batch, 1)
         if ids is None:

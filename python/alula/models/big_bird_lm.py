@@ -17,6 +17,7 @@ from alula.models.big_bird import BigBirdWithHead
 from alula.models.big_bird_blocks import layer_norm_op
 from alula.models.blocks import product
 from alula.models.heads import LMHead, causal_lm_loss, choice_loss, select_positions, token_classification_loss
+from alula.models.inputs import whole_or_nothing
 from alula.models.layers import Embedding, LayerNorm, Linear, Module, WeightModule
 from alula.ops import ACTIVATIONS
 from alula.outputs import BigBirdForPreTrainingOutput, CausalLMOutputWithCrossAttentions, MaskedLMOutput
@@ -223,7 +224,7 @@ class BigBirdForPreTraining(BigBirdLanguageModel):
         logits, pairs = self.cls.predictions(run.hidden), self.cls.seq_relationship(self.bert.pool(run))
         loss = None if labels is None else token_classification_loss(logits, labels)
         if next_sentence_label is not None and loss is not None:
-            loss = loss + choice_loss(pairs, next_sentence_label)
+            loss = loss + choice_loss(pairs, next_sentence_label, "next_sentence_label")
         output = BigBirdForPreTrainingOutput(loss, logits, pairs, run.hidden_states, run.attentions)
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
 
@@ -253,6 +254,7 @@ class BigBirdForCausalLM(GenerationMixin, BigBirdLanguageModel):
         if not self.config.is_decoder:
             raise ValueError("this model is an encoder: it cannot generate; make it with is_decoder=True")
 
+    @whole_or_nothing
     def forward(
         self,
         input_ids: Tensor | None = None,

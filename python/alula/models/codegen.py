@@ -25,6 +25,7 @@ from alula.models.blocks import (
 from alula.models.cross_attention import CrossAttention
 from alula.models.decoder import DecoderModel, DecoderPreTrainedModel, DecoderWithHead
 from alula.models.heads import LMHead, causal_lm_loss, normed_linear, select_positions
+from alula.models.inputs import whole_or_nothing
 from alula.models.layers import Embedding, LayerNorm, Linear, Module, ModuleList
 from alula.ops import ACTIVATIONS, rotary_table
 from alula.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -236,6 +237,7 @@ class CodeGenForCausalLM(GenerationMixin, DecoderWithHead, CodeGenPreTrainedMode
     def get_output_embeddings(self) -> LMHead:
         return self.lm_head
 
+    @whole_or_nothing
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -16,7 +16,7 @@ from alula.config import PretrainedConfig
 from alula.models.base import PreTrainedModel
 from alula.models.blocks import BlockObserver, BlockShape, BlockStack, attention_probabilities, embedding_op, run_blocks
 from alula.models.cross_attention import CrossAttention, make_cross_key_values
-from alula.models.inputs import InputChecks, out_of_range
+from alula.models.inputs import InputChecks, out_of_range, require_tensors
 from alula.models.layers import VERSION, Embedding, LayerNorm, PositionTable
 
 __all__ = ["DecoderModel", "DecoderPreTrainedModel", "DecoderRun", "DecoderWithHead", "see_from_padding"]
@@ -176,6 +176,16 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
     ) -> DecoderRun:
         """One pass through all blocks. Raises ValueError for inputs that do not fit, before the cache changes; should
         anything fail later, the cache is put back to where it was."""
+        require_tensors(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            head_mask=head_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+        )
         self.check_inference(inputs_embeds, encoder_hidden_states)
         bound = self._bind()
         config, shape = self.config, self._shape

@@ -25,6 +25,7 @@ from alula.models.heads import (
     sequence_classification_loss,
     token_classification_loss,
 )
+from alula.models.inputs import require_tensors, whole_or_nothing
 from alula.models.layers import Embedding, LayerNorm, Linear, Module, ModuleList, PositionTable
 from alula.ops import ACTIVATIONS
 from alula.outputs import (
@@ -213,6 +214,7 @@ class GPTForCausalLM(GenerationMixin, DecoderWithHead):
     def get_output_embeddings(self) -> LMHead:
         return self.lm_head
 
+    @whole_or_nothing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -281,6 +283,7 @@ class GPTForSequenceClassification(DecoderWithHead):
         if init_weights:
             self.init_weights()
 
+    @whole_or_nothing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -302,6 +305,7 @@ class GPTForSequenceClassification(DecoderWithHead):
         ``labels``: what ``config.problem_type`` asks for, see
         :func:`alula.models.heads.sequence_classification_loss`. More than one sequence needs ``config.pad_token_id``.
         """
+        require_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
         given = input_ids if inputs_embeds is None else inputs_embeds
         last = None
         if given is not None and given.dim() >= 2 and given.numel():
@@ -337,6 +341,7 @@ class GPTForTokenClassification(DecoderWithHead):
         if init_weights:
             self.init_weights()
 
+    @whole_or_nothing
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -15,6 +15,7 @@ from alula.generation import GenerationMixin
 from alula.models.decoder import DecoderWithHead
 from alula.models.gpt2 import GPT2Model, GPT2PreTrainedModel
 from alula.models.heads import LMHead, causal_lm_loss, choice_loss, normed_linear, select_positions
+from alula.models.inputs import require_tensors, whole_or_nothing
 from alula.models.layers import Linear, Module
 from alula.ops import ACTIVATIONS
 from alula.outputs import GPT2DoubleHeadsModelOutput
@@ -84,6 +85,7 @@ class GPT2DoubleHeadsModel(GenerationMixin, DecoderWithHead, GPT2PreTrainedModel
     def get_output_embeddings(self) -> LMHead:
         return self.lm_head
 
+    @whole_or_nothing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -116,6 +118,15 @@ class GPT2DoubleHeadsModel(GenerationMixin, DecoderWithHead, GPT2PreTrainedModel
         Returns logits [B, C, T, V] and mc_logits [B, C] (:class:`GPT2SequenceSummary`); hidden states (but for the
         last, [B, C, T, E]) and attentions have B * C rows, as in transformers.
         """
+        require_tensors(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            mc_token_ids=mc_token_ids,
+            labels=labels,
+        )
         given = input_ids if inputs_embeds is None else inputs_embeds
         leading: list[int] | None = None
         if given is not None and given.dim() == (3 if inputs_embeds is None else 4):
@@ -149,7 +160,7 @@ class GPT2DoubleHeadsModel(GenerationMixin, DecoderWithHead, GPT2PreTrainedModel
             if hidden_states is not None:
                 hidden_states = (*hidden_states[:-1], last)
         mc_logits = self.multiple_choice_head(last, mc_token_ids).squeeze(-1)
-        mc_loss = None if mc_labels is None else choice_loss(mc_logits, mc_labels)
+        mc_loss = None if mc_labels is None else choice_loss(mc_logits, mc_labels, "mc_labels")
         output = GPT2DoubleHeadsModelOutput(loss, mc_loss, logits, mc_logits, run.cache, hidden_states, run.attentions)
         return output if self._wants("return_dict", return_dict) else output.to_tuple()
 

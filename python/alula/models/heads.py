@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alula.models.blocks import product
+from alula.models.inputs import require_tensors
 from alula.models.layers import Embedding, Linear, WeightFormat
 from alula.ops import PackedWeight
 
@@ -125,11 +126,12 @@ def _cross_entropy(logits: Tensor, labels: Tensor, num_items: int | Tensor | Non
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum") / num_items
 
 
-def _check_labels(labels: Tensor, shape: list[int]) -> Tensor:
+def _check_labels(labels: Tensor, shape: list[int], name: str = "labels") -> Tensor:
+    require_tensors(**{name: labels})
     if list(labels.shape) != shape:
-        raise ValueError(f"labels have shape {list(labels.shape)}; accepted: {shape}")
+        raise ValueError(f"{name} have shape {list(labels.shape)}; accepted: {shape}")
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-        raise ValueError(f"labels have dtype {labels.dtype}; accepted: int64")
+        raise ValueError(f"{name} have dtype {labels.dtype}; accepted: int64")
     return labels.long()
 
 
@@ -145,8 +147,8 @@ def causal_lm_loss(
     Labels of -100 are left out. ``shift_labels`` are taken as they are, unshifted. ``num_items_in_batch`` divides the
     sum instead of the number of labels.
     """
-    given = labels if shift_labels is None else shift_labels
-    given = _check_labels(given, list(logits.shape[:2]))
+    given, name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
+    given = _check_labels(given, list(logits.shape[:2]), name)
     if shift_labels is None:
         given = F.pad(given, (0, 1), value=IGNORE_INDEX)[:, 1:]
     return _cross_entropy(logits.flatten(0, 1), given.flatten(), num_items_in_batch)
@@ -178,6 +180,7 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, problem_type: s
     (cross-entropy; int64 [B]), ``multi_label_classification`` (binary cross-entropy; [B, num_labels]). None: regression
     for one label, else by the labels' dtype, integers meaning single-label.
     """
+    require_tensors(labels=labels)
     batch, num_labels = logits.shape
     if problem_type is None:
         if num_labels == 1:
@@ -207,14 +210,18 @@ def span_loss(start: Tensor, end: Tensor, start_positions: Tensor, end_positions
     """Mean of the cross-entropies of the first and the last token. Logits [B, T], positions int64 [B] or [B, 1];
     negative ones count as 0, ones beyond T are left out."""
     batch, tokens = start.shape
+    require_tensors(start_positions=start_positions, end_positions=end_positions)
     losses = []
-    for logits, positions in ((start, start_positions), (end, end_positions)):
-        positions = _check_labels(positions.squeeze(-1) if positions.dim() > 1 else positions, [batch])
+    for name, logits, positions in (("start", start, start_positions), ("end", end, end_positions)):
+        positions = positions.squeeze(-1) if positions.dim() > 1 else positions
+        positions = _check_labels(positions, [batch], f"{name}_positions")
         losses.append(F.cross_entropy(logits.float(), positions.clamp(0, tokens), ignore_index=tokens))
     return (losses[0] + losses[1]) / 2
 
 
-def choice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the scores of choices [..., C] with int64 labels, one for each row of scores."""
+def choice_loss(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
+    """Cross-entropy of the scores of choices [..., C] with int64 labels, one for each row of scores; ``name`` is what
+    the caller calls them."""
+    require_tensors(**{name: labels})
     rows = logits.reshape(-1, logits.shape[-1])
-    return _cross_entropy(rows, _check_labels(labels.reshape(-1), [rows.shape[0]]))
+    return _cross_entropy(rows, _check_labels(labels.reshape(-1), [rows.shape[0]], name))

@@ -5,7 +5,10 @@ Alphabet: B batch, T new tokens, S columns (past and new), H query heads, E mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +16,40 @@ from torch import Tensor
 from alula.cache import KVCache
 from alula.models.blocks import BlockShape
 
-__all__ = ["InputChecks", "out_of_range"]
+__all__ = ["InputChecks", "out_of_range", "require_tensors", "whole_or_nothing"]
+
+
+def require_tensors(**given: Tensor | None) -> None:
+    """TypeError naming the first argument that is neither None nor a tensor, such as a list of ids."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; accepted: a torch.Tensor")
 
 
 def out_of_range(ids: Tensor, count: int) -> bool:
     """Whether some id is not in [0, count)."""
     return int(ids.min()) < 0 or int(ids.max()) >= count
+
+
+def whole_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward with a head, which leaves ``past_key_values`` as it was where it raises: labels and logits_to_keep are
+    judged when the model below has already stored its keys and values."""
+    place = list(inspect.signature(forward).parameters).index("past_key_values") - 1
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = args[place] if len(args) > place else kwargs.get("past_key_values")
+        if not isinstance(cache, KVCache):
+            return forward(self, *args, **kwargs)
+        length, cross = cache.get_seq_length(), cache.cross
+        try:
+            return forward(self, *args, **kwargs)
+        except BaseException:
+            cache.crop(length)
+            cache.cross = cross
+            raise
+
+    return wrapped
 
 
 class InputChecks:
@@ -75,7 +106,8 @@ class InputChecks:
     def _full_mask(self, mask: Tensor, batch: int, tokens: int, columns: int, cache: KVCache) -> Tensor:
         """A mask [B, T, S] or [B or 1, H or 1, T, S] as the attention takes it. It stands alone: no causal limit is
         added to it, so that trees and prefixes can be expressed."""
-        full = self._shaped_mask("attention_mask", mask, batch, tokens, columns, f"[{batch}, {tokens}] or ")
+        also = "" if tokens == columns else f"[{batch}, {tokens}] or "
+        full = self._shaped_mask("attention_mask", mask, batch, tokens, columns, also)
         if cache.has_padding:
             raise ValueError("a 3-D or 4-D attention_mask cannot follow padding that past_key_values left out")
         return full

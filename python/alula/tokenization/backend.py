@@ -138,8 +138,14 @@ def check_reachable(backend: Any, exempt: Iterable[str], vocab_name: str, merges
 def _check_vocab(vocab: dict[str, int], name: str) -> None:
     token_of: dict[int, str] = {}
     for token, index in vocab.items():
-        if not isinstance(token, str) or isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        if not isinstance(token, str) or isinstance(index, bool) or not isinstance(index, int):
             raise ValueError(f"{name} must map tokens to ids that are at least 0, but has {token!r}: {index!r}")
+        if not 0 <= index < 2**32:
+            raise ValueError(f"{name} gives the token {token!r} id {index}; accepted: 0 to {2**32 - 1}")
+        if not token.isascii() and any("\ud800" <= character <= "\udfff" for character in token):
+            raise ValueError(
+                f"{name} has the token {token!r}, which is no Unicode text: a surrogate stands alone in it"
+            )
         if index in token_of:
             raise ValueError(f"{name} gives id {index} to two tokens, {token_of[index]!r} and {token!r}")
         token_of[index] = token
