@@ -9,6 +9,8 @@ Alphabet: B batch, T new tokens, S slots, G key/value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -113,6 +115,11 @@ class KVCache:
         return self._capacity
 
     @property
+    def longest(self) -> int:
+        """An upper bound of the tokens stored in a row, known without asking the device."""
+        return self._longest
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the key/value tensors."""
         own = sum(t.nbytes for t in (self.layers[:1] if self._shared_layer else self.layers))
@@ -187,6 +194,39 @@ class KVCache:
         self._longest = longest
         self.lengths = lengths
         return positions, lengths
+
+    def reserve(self, slots: int) -> None:
+        """Makes room for ``slots`` tokens a row in all; ValueError where ``max_length`` forbids it."""
+        self._reserve(slots)
+
+    def first_rows(self, count: int) -> KVCache:
+        """The first rows alone, empty, in the same memory; of a cache with ``max_length``."""
+        if self.max_length is None or not 1 <= count <= self.batch_size:
+            raise ValueError(f"first_rows({count}) of {self.batch_size} rows with max_length={self.max_length}")
+        shape = SimpleNamespace(
+            num_hidden_layers=self.num_layers, num_key_value_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
+        rows = KVCache(shape, count, dtype=self.dtype, device=self.device)
+        rows.layers = [layer[:count] for layer in self.layers]
+        rows.max_length, rows._capacity = self.max_length, self._capacity
+        return rows
+
+    def advance(self, running: Sequence[bool], num_columns: int = 1) -> None:
+        """Notes columns that were written without :meth:`prepare`: tokens in the rows that run, padding in the others.
+
+        It does not wait for the device. The memory must have room for them.
+        """
+        new = None
+        lengths = num_columns
+        if not all(running):
+            new = torch.tensor(running).unsqueeze(1).expand(-1, num_columns).to(self.device)
+            lengths = num_columns * new[:, 0]
+        with torch.inference_mode(False):
+            self.lengths = self.lengths + lengths
+        if new is not None or self._real is not None:
+            self._note_columns(num_columns, new)
+        self._columns += num_columns
+        self._longest = min(self._longest + num_columns, self._capacity)
 
     def _new_columns(self, num_tokens: int, attention_mask: Tensor) -> Tensor | None:
         """The mask of the new columns, bool [B, T], or None if all are tokens; checks shape and past."""

@@ -1,101 +1,187 @@
-"""One step of decoding as a CUDA graph: a single launch in place of some five a layer.
+"""One step of decoding that asks the device for nothing, and its capture as a CUDA graph: a single launch in place of
+some five a layer.
 
-Everything that changes from step to step lies on the device (tokens, positions, lengths), and the kernels read the
-lengths there, so one graph serves every length up to the capacity of the cache it was captured with.
+Everything that changes from step to step lies on the device (tokens, positions, lengths, random numbers, which rows
+run), and the kernels read the lengths there, so one graph serves every length up to the capacity of the cache it was
+captured with.  A step has as many rows as its bucket (1, 2, 4, 8, 16, ...); rows that are nobody's are like rows that
+have ended: nothing of them is stored, and nobody reads what they give.  Steps are kept for the next call.
 
-B batch, V vocabulary.
+On a CPU the same step runs, and is tested, without a graph.
+
+B rows of a call, R of the bucket, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from alula.cache import KVCache
-from alula.models.blocks import embedding_op
-from alula.models.heads import normed_linear
-from alula.models.layers import VERSION
+from alula.device_sampling import DeviceChooser
 
 if TYPE_CHECKING:
     from alula.models.decoder import DecoderWithHead
 
-__all__ = ["DecodeGraph"]
+Step = Callable[["DecoderWithHead"], Tensor]  # queues work, returns logits
+
+__all__ = ["DecodeStep", "bucket_of", "can_step", "pooled_step"]
+
+FEWEST_GRAPH_STEPS = 8  # what a capture into a CUDA graph is worth for; a guess, not measured
+_LEAST_SLOTS = 256
+_KEPT_STEPS = 4  # of a model
+_KEPT_GRAPHS = 6  # of a step: one for each set of options
 
 
-class DecodeGraph:
-    """A captured step of a causal language model over one cache.
+def bucket_of(rows: int) -> int:
+    """Rows of the step that serves `rows`: the next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+def can_step(model: Any, cache: KVCache | None) -> bool:
+    """Whether a step of this model over this cache (None: one of the step's own) needs no help from Python."""
+    return hasattr(model, "lm_head") and hasattr(model, "decode_step") and (cache is None or cache.cross is None)
+
+
+class DecodeStep:
+    """A step of a causal language model over one cache: reads the newest token of each row and chooses the next.
 
     Args:
-        model: on a CUDA device, with ``lm_head``.
-        cache: of fixed capacity (``max_length``), on the same device, without padding and encoder states.
+        model: a decoder with ``lm_head``; it is not kept alive.
+        cache: of R rows; the step writes its tensors and never asks it how long the rows are.
+        max_new: N, the most tokens that one call may make.
+
+    Attributes: `chooser`, the rows' state; `lengths` int32 [R], the tokens that each row has stored; `positions` int64
+    [R, 1], of the next token of each row.
     """
 
-    def __init__(self, model: DecoderWithHead, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
-        self._stamp = VERSION.count
+    def __init__(self, model: DecoderWithHead, cache: KVCache, max_new: int) -> None:
+        self.cache = cache
+        self.capacity = cache.capacity
+        self.owner: Callable[[], object | None] = lambda: None  # a weak reference to whoever uses it now
         self._layers = list(cache.layers)
-        batch, device = cache.batch_size, model.device
-        with torch.inference_mode(False), torch.no_grad():
-            self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            self._position_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            self._lengths = torch.zeros(batch, dtype=torch.int32, device=device)  # before the step
-            # Writes into slots that nothing uses yet; also sets up what is made at first use (cuBLAS, counters).
-            self._lengths.copy_(cache.lengths)
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                self._step()
-            torch.cuda.current_stream(device).wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._logits = self._step()
+        self._stamp, self._device = model.weights_stamp, model.device
+        self._warm: set[Any] = set()
+        self._graphs: dict[Any, tuple[Any, Tensor]] = {}
+        self._pool: Any = None
+        rows = cache.batch_size
+        self.chooser = DeviceChooser(rows, model.lm_head.out_features, max_new, model.device)
+        with torch.inference_mode(False):
+            self.lengths = torch.zeros(rows, dtype=torch.int32, device=model.device)
+            self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
 
-    def _step(self) -> Tensor:
-        base, bound = self._model.base_model, self._model.base_model._bind()
-        has_positions = bound.position_table is not None
-        x = embedding_op(
-            self._ids,
-            bound.table.data,
-            bound.vocab_size,
-            base._shape.width,
-            self._position_ids if has_positions else None,
-            bound.position_table,
-            None,
-        )
-        slots = self._lengths.unsqueeze(1)
-        x = base._run_blocks(
-            x, self._cache, slots, self._lengths + 1, None, None, None, True, None, None, self._position_ids
-        )
-        return normed_linear(x, base.final_norm(), self._model.lm_head)
+    @property
+    def rows(self) -> int:
+        return self.cache.batch_size
 
-    def fits(self, model: DecoderWithHead, cache: KVCache) -> bool:
+    def fits(self, model: DecoderWithHead) -> bool:
         """Whether what was captured is still what there is: the weights and the cache's memory."""
-        same = model is self._model and cache is self._cache and self._stamp == VERSION.count
-        return same and all(a is b for a, b in zip(self._layers, cache.layers, strict=True))
+        same = self._stamp == model.weights_stamp and self._device == model.device and self.cache.dtype == model.dtype
+        return same and all(a is b for a, b in zip(self._layers, self.cache.layers, strict=True))
 
-    def run(self, ids: Tensor, position_ids: Tensor) -> Tensor:
-        """The logits [B, 1, V] of one new token a row, int64 [B, 1], at the positions int64 [B, 1]. The cache grows by
-        it. The result is overwritten by the next call. ValueError for a cache that is full."""
-        cache = self._cache
-        with torch.inference_mode(False), torch.no_grad():
-            self._ids.copy_(ids, non_blocking=True)
-            self._position_ids.copy_(position_ids)
-            self._lengths.copy_(cache.lengths)
-            cache.prepare(1)
-            self._graph.replay()
-        return self._logits
+    def place(self, lengths: Tensor, positions: Tensor) -> None:
+        """Says where the first rows are: lengths int32 [B], positions int64 [B, 1]; the others are empty."""
+        count = lengths.shape[0]
+        self.lengths.zero_()[:count] = lengths
+        self.positions.zero_()[:count] = positions
+
+    # --- a step: nothing below waits for the device ---------------------------------------------------------
+
+    def logits(self, model: DecoderWithHead) -> Tensor:
+        """The logits float32 [R, V] after the newest tokens. The state stays, so that it can be done again."""
+        running = self.chooser.running
+        slots = torch.where(running, self.lengths, -1).unsqueeze(1)
+        lengths = self.lengths + running
+        logits = model.decode_step(self.chooser.tokens, self.positions, slots, lengths, self.cache)
+        return logits[:, -1].float()
+
+    def advance(self) -> None:
+        """Counts the tokens that `logits` has stored."""
+        running = self.chooser.running
+        self.lengths.add_(running)
+        self.positions.add_(running.unsqueeze(1))
+
+    def _whole(self, model: DecoderWithHead) -> Tensor:
+        logits = self.logits(model)
+        processed = self.chooser.process(logits)
+        self.advance()
+        self.chooser.choose(processed)
+        return logits
+
+    # --- as a graph -----------------------------------------------------------------------------------------
+
+    def run(self, model: DecoderWithHead, num_left: int) -> Tensor:
+        """A whole step; its logits float32 [R, V], overwritten by the next. `num_left`: this one and those to come."""
+        return self._run(("whole", self.chooser.kind), self._whole, model, num_left)
+
+    def run_logits(self, model: DecoderWithHead, num_left: int) -> Tensor:
+        """Only :meth:`logits`, for those who change them before `advance` and `chooser.choose`."""
+        return self._run("logits", self.logits, model, num_left)
+
+    def _run(self, key: Any, call: Step, model: DecoderWithHead, num_left: int) -> Tensor:
+        known = self._graphs.get(key)
+        if known is None and (self._device.type != "cuda" or key not in self._warm or num_left < FEWEST_GRAPH_STEPS):
+            self._warm.add(key)  # this step also sets up what is made at first use (cuBLAS, counters)
+            return call(model)
+        if known is None:
+            known = self._capture(call, model)
+            if len(self._graphs) == _KEPT_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = known
+        graph, logits = known
+        graph.replay()
+        return logits
+
+    def _capture(self, call: Step, model: DecoderWithHead) -> tuple[Any, Tensor]:
+        """The graph of a call, not run yet, and the tensor that it fills."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            logits = call(model)
+        return graph, logits
 
 
-def can_capture(model: object, cache: KVCache) -> bool:
-    """Whether a step of this model over this cache can be a graph."""
-    return (
-        model.device.type == "cuda"
-        and hasattr(model, "lm_head")
-        and hasattr(model.base_model, "final_norm")
-        and cache.max_length is not None
-        and bool(cache.layers)
-        and not cache.has_padding
-        and cache.cross is None
-    )
+# --- steps that are kept for the next call ----------------------------------------------------------------------------
+
+_pools: weakref.WeakKeyDictionary[Any, dict[int, DecodeStep]] = weakref.WeakKeyDictionary()
+
+
+def pooled_step(model: DecoderWithHead, rows: int, slots: int, owner: object) -> DecodeStep:
+    """A step over a cache of its own for `rows` rows of up to `slots` tokens, `owner`'s until that is gone.
+
+    The one of the last call with as many rows (rounded up), if it is free, large enough, and the weights are the same.
+    """
+    pool = _pools.setdefault(model, {})
+    bucket = bucket_of(rows)
+    step = pool.pop(bucket, None)
+    if step is not None and step.owner() is not None:
+        pool[bucket] = step
+        return _new_step(model, rows, slots, owner)  # two at a time: the second has its own, and keeps nothing
+    if step is None or not step.fits(model) or step.capacity < slots:
+        step = None  # its memory first
+        limit = getattr(model.config, "max_position_embeddings", slots)
+        wanted = max(slots, min(max(_LEAST_SLOTS, 1 << (slots - 1).bit_length()), limit))
+        try:
+            step = _new_step(model, bucket, wanted, owner)
+        except torch.OutOfMemoryError:
+            pool.clear()
+            step = _new_step(model, rows, slots, owner)
+            return step
+    while len(pool) >= _KEPT_STEPS:
+        del pool[next(iter(pool))]
+    pool[bucket] = step
+    step.owner = weakref.ref(owner)
+    return step
+
+
+def _new_step(model: DecoderWithHead, rows: int, slots: int, owner: object) -> DecodeStep:
+    step = DecodeStep(model, model.new_cache(rows, max_length=slots), slots)
+    step.owner = weakref.ref(owner)
+    return step

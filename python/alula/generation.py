@@ -9,28 +9,28 @@ would get alone.  The tensors of a call are allocated at its start: the cache fo
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from alula.device_generation import DeviceSteps, chooses_on_device
 from alula.generation_config import GenerationConfig
+from alula.generation_limits import (
+    check_past,
+    min_new_tokens_of,
+    num_new_tokens_of,
+    pack_right,
+    row_seeds,
+    warn_unused,
+)
 from alula.prompts import pad_id_of, read_prompts
 from alula.sampling import RepetitionPenalty, Sampler, greedy
 from alula.stopping import TextStream
 
-if TYPE_CHECKING:
-    from alula.cuda_graph import DecodeGraph
-
 __all__ = ["Generation", "GenerationConfig", "GenerationMixin", "generate", "stream"]
-
-DEFAULT_NEW_TOKENS = 20
-_FEWEST_GRAPH_STEPS = 8  # what a capture into a CUDA graph is worth for; a guess, not measured
-_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
@@ -71,7 +71,7 @@ class Generation:
         if generation_config is not None:
             config = config.merge(generation_config)
         config = config.update(**options)
-        _warn_unused(config, options)
+        warn_unused(config, options)
         if (config.stop_strings or with_text) and tokenizer is None:
             raise ValueError("stop_strings need a tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)")
         ids, mask = read_prompts(input_ids, attention_mask, config, model.config.vocab_size)
@@ -89,9 +89,9 @@ class Generation:
         lengths = torch.full((num_rows,), num_columns) if mask is None else mask.sum(1)
         asked = [options, {} if generation_config is None else dict.fromkeys(generation_config.chosen, True)]
         is_asked = any(o.get(name) is not None for o in asked for name in ("max_new_tokens", "max_length"))
-        num_new = _num_new_tokens(config, num_columns, int(lengths.max()), model.config, is_asked)
-        num_past = _check_past(past_key_values, ids)
-        seeds = _row_seeds(seed, generator, num_rows) if config.do_sample else [None] * num_rows
+        num_new = num_new_tokens_of(config, num_columns, int(lengths.max()), model.config, is_asked)
+        num_past = check_past(past_key_values, ids)
+        seeds = row_seeds(seed, generator, num_rows) if config.do_sample else [None] * num_rows
 
         self.config = config
         self.seeds = seeds
@@ -108,7 +108,7 @@ class Generation:
         self._num_prompt = num_columns
         self._pad_id = pad_id_of(config)
         self._eos_ids = frozenset(config.eos_ids)
-        self._min_new = _min_new_tokens(config, num_columns)
+        self._min_new = min_new_tokens_of(config, num_columns)
         self._processors = list(logits_processor or ())
         self._criteria = list(stopping_criteria or ())
         self._cache = past_key_values
@@ -122,8 +122,11 @@ class Generation:
             self._streams = [TextStream(tokenizer, stops, prompt.tolist()) for prompt in self._prompts]
         self._penalties: list[RepetitionPenalty] | None = None
         self._positions = lengths[:, None].to(model.device)  # of the next token of each row
-        self._graph: DecodeGraph | None = None
         self._running = torch.ones(num_rows, 1, dtype=torch.int64, device=model.device)
+        self._steps: DeviceSteps | None = None  # where tokens are chosen on the device
+        # The host decides nothing between steps, so that they can be queued ahead of what has been read.
+        self._decides = bool(self._processors or self._criteria or config.stop_strings)
+        self._looks_ahead = False
 
     @property
     def is_done(self) -> bool:
@@ -142,13 +145,15 @@ class Generation:
         if self.is_done:
             raise StopIteration
         is_first = self.length == self._num_prompt
-        if self._cache is None:
-            self._cache = self._model.new_cache(self.ids.shape[0], max_length=self.ids.shape[1])
+        self._open_cache()
         columns = self._cache.get_seq_length()
         try:
             with torch.inference_mode():
-                logits = (self._prefill() if is_first else self._decode())[:, -1].float()
-                chosen = self._choose(self._process(logits))
+                if self._steps is not None:
+                    chosen, logits = self._step_on_device(self._steps, is_first)
+                else:
+                    logits = (self._prefill() if is_first else self._decode())[:, -1].float()
+                    chosen = self._choose(self._process(logits))
             tokens = torch.tensor(chosen, dtype=torch.int64)
             self.ids[:, self.length] = tokens
         except BaseException:
@@ -160,6 +165,79 @@ class Generation:
         self._end_rows(chosen, logits)
         return tokens
 
+    def run(self) -> None:
+        """All steps. Where no row can end before the last, on a GPU, nothing is read back before it."""
+        self._open_cache()
+        steps, is_first = self._steps, self.length == self._num_prompt
+        if steps is None or self._decides or self._eos_ids or self._streams is not None or not is_first:
+            for _ in self:
+                pass
+            return
+        columns = self._cache.get_seq_length()
+        try:
+            with torch.inference_mode():
+                self._begin_on_device(steps)
+                while self.length + steps.num_queued < self.ids.shape[1]:
+                    steps.queue()
+                self.ids[:, self.length :] = steps.read_all()
+        except BaseException:
+            self._cache.crop(columns)
+            raise
+        self.length = self.ids.shape[1]
+        self.num_new_tokens = [self.length - self._num_prompt] * len(self.ids)
+        for b in range(len(self.ids)):
+            self._end(b, "length")
+
+    def _open_cache(self) -> None:
+        """The cache to fill, and who chooses tokens."""
+        if self._steps is not None or self.length != self._num_prompt:
+            return
+        rows, columns = self.ids.shape
+        if not self._encoder and chooses_on_device(self._model, self._cache):
+            num_new = columns - self._num_prompt
+            slots = max(self.prompt_lengths) + num_new - 1
+            self._steps = DeviceSteps(self._model, rows, slots, num_new, self._cache, self)
+            self._looks_ahead = self._cache is None and not self._decides
+            self._cache = self._steps.cache
+        elif self._cache is None:
+            self._cache = self._model.new_cache(rows, max_length=columns)
+
+    def _begin_on_device(self, steps: DeviceSteps) -> Tensor:
+        """Read the prompt and choose the first tokens; logits [R, V]."""
+        logits = self._prefill()[:, -1].float()
+        steps.begin(
+            self.config,
+            self._positions,
+            seeds=self.seeds,
+            prompts=self._prompts,
+            min_new=self._min_new,
+            pad_id=self._pad_id,
+        )
+        return steps.first(logits, self._processor())
+
+    def _step_on_device(self, steps: DeviceSteps, is_first: bool) -> tuple[list[int], Tensor | None]:
+        """The next token of each row, and the model's logits [B, V] where somebody decides by them."""
+        logits = None
+        if is_first:
+            logits = self._begin_on_device(steps)
+        elif steps.num_queued == steps.num_read:
+            logits = steps.queue(self._processor())
+        if self._looks_ahead and self._num_prompt + steps.num_queued < self.ids.shape[1]:
+            steps.queue()
+        return steps.read(), None if logits is None else logits[: len(self.ids)]
+
+    def _processor(self) -> Callable[[Tensor], Tensor] | None:
+        """The caller's processors as one function of logits [B, V]."""
+        if not self._processors:
+            return None
+
+        def process(logits: Tensor) -> Tensor:
+            for processor in self._processors:
+                logits = processor(self.sequences, logits)
+            return logits
+
+        return process
+
     def flush(self) -> list[str]:
         """End the texts early: return, per row, the text that was held back."""
         return [stream.flush() for stream in self._streams or ()]
@@ -168,7 +246,7 @@ class Generation:
         """Read the prompts that the cache does not hold yet; logits [B, 1, V]."""
         ids, mask = self.ids[:, : self.length], self._mask
         if mask is not None and not self._num_past:
-            ids, mask = _pack_right(ids, mask)
+            ids, mask = pack_right(ids, mask)
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp_(min=0)
         device = self._model.device
         return self._model(
@@ -187,13 +265,8 @@ class Generation:
 
         A row that has ended is masked out: nothing of it is stored, and it takes no more positions.
         """
-        ids = self.ids[:, self.length - 1 : self.length]
+        ids = self.ids[:, self.length - 1 : self.length].to(self._model.device)
         has_ended = any(self.finish_reasons)
-        if self._model.device.type == "cuda" and not has_ended:
-            graph = self._decode_graph()
-            if graph is not None:
-                return graph.run(ids, self._positions)
-        ids = ids.to(self._model.device)
         return self._model(
             input_ids=ids * self._running if has_ended else ids,
             attention_mask=self._running if has_ended else None,
@@ -203,18 +276,6 @@ class Generation:
             logits_to_keep=1,
             return_dict=True,
         ).logits
-
-    def _decode_graph(self) -> DecodeGraph | None:
-        """The captured step, from the second one on: a single step is not worth a capture."""
-        from alula.cuda_graph import DecodeGraph, can_capture
-
-        if self._graph is not None and self._graph.fits(self._model, self._cache):
-            return self._graph
-        self._graph = None
-        left = self.ids.shape[1] - self.length
-        if left >= _FEWEST_GRAPH_STEPS and can_capture(self._model, self._cache):
-            self._graph = DecodeGraph(self._model, self._cache)
-        return self._graph
 
     def _process(self, logits: Tensor) -> Tensor:
         """Apply the processors that come before sampling to `logits` float32 [B, V]."""
@@ -228,27 +289,18 @@ class Generation:
             logits = torch.from_numpy(np.stack([penalty.apply(row) for penalty, row in pairs])).to(logits.device)
         if self._eos_ids and self.length - self._num_prompt < self._min_new:
             logits = logits.index_fill(1, torch.tensor(self.config.eos_ids, device=logits.device), -torch.inf)
-        for processor in self._processors:
-            logits = processor(self.sequences, logits)
-        return logits
+        processor = self._processor()
+        return logits if processor is None else processor(logits)
 
     def _choose(self, logits: Tensor) -> list[int]:
         """Choose a token of `logits` float32 [B, V] for each row that runs, padding for the others."""
-        if logits.is_cuda and not self.config.do_sample:  # two numbers a row cross over, not the vocabulary
-            largest, tokens = torch.stack([*logits.max(dim=-1)]).tolist()
-            if any(value != value for value in largest):
-                raise ValueError("the largest logit is NaN")
-            return [
-                self._pad_id if reason else int(token)
-                for reason, token in zip(self.finish_reasons, tokens, strict=True)
-            ]
         rows = logits.cpu().numpy()
         return [
             self._pad_id if reason else choose(row)
             for reason, choose, row in zip(self.finish_reasons, self._choosers, rows, strict=True)
         ]
 
-    def _end_rows(self, tokens: list[int], logits: Tensor) -> None:
+    def _end_rows(self, tokens: list[int], logits: Tensor | None) -> None:
         """Note which rows end with these tokens [B], and the text they complete; `logits` [B, V] are the model's."""
         for b, token in enumerate(tokens):
             self.texts[b] = ""
@@ -275,7 +327,12 @@ class Generation:
         if self.finish_reasons[row]:
             return
         self.finish_reasons[row] = reason
-        self._running[row] = 0
+        if self._steps is None:
+            self._running[row] = 0
+        else:
+            self._steps.end_row(row, is_known=reason == "eos")
+            if self.is_done:
+                self._steps.release()
         if self._streams is not None:
             self.texts[row] += self._streams[row].flush()
 
@@ -290,76 +347,6 @@ def _chooser(config: GenerationConfig, seed: int | None) -> Callable[[np.ndarray
     return Sampler(
         seed, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p or 0.0
     ).draw
-
-
-def _row_seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, num_rows: int) -> list[int]:
-    if seed is None:
-        seed = int(torch.randint(2**62, (1,), generator=generator))
-    elif generator is not None:
-        raise ValueError("give `seed` or `generator`, not both")
-    seeds = [int(seed) + b for b in range(num_rows)] if isinstance(seed, Integral) else list(seed)
-    if len(seeds) != num_rows or not all(isinstance(s, Integral) and s >= 0 for s in seeds):
-        raise ValueError(f"seed must be an integer >= 0, or a list of {num_rows} (one per row), but is {seed!r}")
-    return seeds
-
-
-def _num_new_tokens(config: GenerationConfig, num_columns: int, longest: int, model_config: Any, is_asked: bool) -> int:
-    """The number of tokens to make; a default that does not fit is cut down, a number that was asked for is refused."""
-    limit = getattr(model_config, "max_position_embeddings", None)
-    num_new = config.max_new_tokens
-    if num_new is None:
-        num_new = DEFAULT_NEW_TOKENS if config.max_length is None else config.max_length - num_columns
-        if num_new < 1:
-            raise ValueError(
-                f"max_length={config.max_length} leaves no room after a prompt of {num_columns} tokens; "
-                "give max_new_tokens, which does not count the prompt"
-            )
-    if limit is None or longest + num_new <= limit:
-        return num_new
-    if longest >= limit:
-        raise ValueError(
-            f"the prompt has {longest} tokens, but the model has n_positions={limit} for prompt and text together; "
-            f"shorten the prompt to at most {limit - 1} tokens"
-        )
-    if is_asked:
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={num_new} are {longest + num_new} tokens, but the model "
-            f"has n_positions={limit}; ask for at most {limit - longest} new tokens or shorten the prompt"
-        )
-    return limit - longest
-
-
-def _min_new_tokens(config: GenerationConfig, num_columns: int) -> int:
-    if config.min_new_tokens is not None:
-        return config.min_new_tokens
-    return max(0, (config.min_length or 0) - num_columns)
-
-
-def _check_past(cache: Any, ids: Tensor) -> int:
-    """Return how many columns of the prompts the cache holds already."""
-    if cache is None:
-        return 0
-    num_past = cache.get_seq_length()
-    if cache.batch_size != len(ids) or num_past >= ids.shape[1]:
-        raise ValueError(
-            f"past_key_values holds {cache.batch_size} rows of {num_past} tokens; input_ids {list(ids.shape)} must "
-            "have as many rows, and hold these tokens and at least one more"
-        )
-    return num_past
-
-
-def _pack_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the padding of each row to its left; padding ids become 0, which every vocabulary has."""
-    order = mask.argsort(dim=1, stable=True)
-    mask = mask.gather(1, order)
-    return ids.gather(1, order) * mask, mask
-
-
-def _warn_unused(config: GenerationConfig, options: dict[str, Any]) -> None:
-    default = GenerationConfig()
-    unused = [n for n in _SAMPLING_OPTIONS if options.get(n) not in (None, getattr(default, n), 0)]
-    if unused and not config.do_sample:
-        warnings.warn(f"{', '.join(unused)} matter only with do_sample=True, which is off", stacklevel=4)
 
 
 def generate(
@@ -407,8 +394,7 @@ def generate(
         raise ValueError("generate() takes the prompt as `input_ids`, a tensor [B, T] or a list of lists of ids")
     generation = Generation(model, inputs if input_ids is None else input_ids, attention_mask, **options)
     if streamer is None:
-        for _ in generation:
-            pass
+        generation.run()
         return generation.sequences.contiguous().to(model.device)
     streamer.put(generation.sequences)
     try:

@@ -73,6 +73,7 @@ class Sampler:
         ids = kept_tokens(shifted, top_k=self._top_k, top_p=self._top_p, min_p=self._min_p)
         if ids is None:
             return _draw_from_all(np.exp(shifted), uniform)
+        ids.sort()  # the order of the draw, on every device
         mass = np.cumsum(np.exp(shifted[ids]), dtype=np.float64)
         return int(ids[min(np.searchsorted(mass, uniform * mass[-1], side="right"), len(ids) - 1)])
 

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import alula
+import alula.generation
 import pytest
 import torch
+from alula import cuda_graph
 from decoder_cases import LANGUAGE_MODELS, alula_model, hf_model, padding_mask, random_ids, worst
 
 
@@ -58,13 +60,61 @@ def test_tokens_equal_those_of_the_cpu(cls: str) -> None:
 @pytest.mark.parametrize("cls", LANGUAGE_MODELS)
 def test_a_graph_gives_what_single_calls_give(cls: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = alula_model(hf_model(5, cls)).to("cuda")
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 3}
-    for batch in (1, 3):
-        ids = random_ids(ours, batch, 9).cuda()
-        captured = ours.generate(ids, **options)
-        with monkeypatch.context() as patch:
-            patch.setattr("alula.generation._FEWEST_GRAPH_STEPS", 10**9)
-            assert torch.equal(ours.generate(ids, **options), captured)
+    sampled = {"do_sample": True, "seed": 4, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2}
+    for options in ({}, sampled, {"eos_token_id": [3, 9, 30, 70]}):
+        options = {"max_new_tokens": 24, "pad_token_id": 3, **options}
+        for batch in (1, 3):
+            ids = random_ids(ours, batch, 9).cuda()
+            captured = ours.generate(ids, **options)
+            assert torch.equal(ours.generate(ids, **options), captured), "the graph that was kept"
+            with monkeypatch.context() as patch:
+                patch.setattr("alula.cuda_graph.FEWEST_GRAPH_STEPS", 10**9)
+                cuda_graph._pools.clear()
+                assert torch.equal(ours.generate(ids, **options), captured)
+                cuda_graph._pools.clear()
+
+
+def test_one_graph_serves_every_length_and_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = alula_model(hf_model(5, "GPTBigCodeForCausalLM"))
+    prompts = [random_ids(ours, batch, length) for batch, length in ((3, 9), (4, 2), (3, 30))]
+    options = {"max_new_tokens": 12, "eos_token_id": [], "pad_token_id": 3}
+    expected = [ours.generate(ids, **options) for ids in prompts]
+    ours.to("cuda")
+    captures = []
+    capture = cuda_graph.DecodeStep._capture
+    monkeypatch.setattr(
+        cuda_graph.DecodeStep, "_capture", lambda self, *args: captures.append(self.rows) or capture(self, *args)
+    )
+    for ids, tokens in zip(prompts, expected, strict=True):
+        assert torch.equal(ours.generate(ids.cuda(), **options).cpu(), tokens)
+    assert captures == [4]
+
+
+@pytest.mark.parametrize("cls", LANGUAGE_MODELS)
+def test_unequal_prompts_and_seeds_equal_those_of_the_cpu(cls: str) -> None:
+    """float32 logits of both devices differ by roundings: a draw falls between two tokens once in a million."""
+    ours = alula_model(hf_model(4, cls))
+    prompts = [[5, 17, 3], [12], [7, 7, 8, 9, 1, 1]]
+    for options in ({}, {"do_sample": True, "seed": 8, "temperature": 0.8, "top_p": 0.9, "top_k": 40}):
+        options = {"max_new_tokens": 16, "eos_token_id": [], "pad_token_id": 3, **options}
+        expected = ours.to("cpu").generate(prompts, **options)
+        assert torch.equal(ours.to("cuda").generate(prompts, **options).cpu(), expected)
+
+
+def test_a_step_waits_for_nothing() -> None:
+    """torch itself raises where an operation would wait for the device."""
+    ours = alula_model(hf_model(5, "CodeGenForCausalLM")).to("cuda")
+    sampled = {"do_sample": True, "seed": 4, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    for options in ({}, sampled):
+        steps = alula.generation.Generation(ours, [[1, 2], [3, 4]], max_new_tokens=40, eos_token_id=[5], **options)
+        for _ in range(3):
+            next(steps)  # prompt, capture
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                steps._steps.queue()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from alula.config import PretrainedConfig
 from alula.models.base import PreTrainedModel
 from alula.models.blocks import BlockObserver, BlockShape, BlockStack, attention_probabilities, embedding_op, run_blocks
 from alula.models.cross_attention import CrossAttention, make_cross_key_values
+from alula.models.heads import normed_linear
 from alula.models.inputs import InputChecks, out_of_range, require_tensors
 from alula.models.layers import VERSION, Embedding, LayerNorm, PositionTable
 
@@ -352,6 +353,38 @@ class DecoderWithHead(DecoderPreTrainedModel):
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype | None) -> None:
         super().__init__(config)
         self.transformer = self.model_class(config, dtype=dtype, init_weights=False)
+
+    @property
+    def weights_stamp(self) -> int:
+        """Changes when a weight does, of this model or of another."""
+        return VERSION.count
+
+    def decode_step(
+        self, tokens: Tensor, position_ids: Tensor, slots: Tensor, lengths: Tensor, cache: KVCache
+    ) -> Tensor:
+        """One token a row, nothing asked of the device: for steps whose state lies there (cuda_graph.py).
+
+        Args:
+            tokens, position_ids: int64 [B, 1], in range. slots: int32 [B, 1], where a row's token is stored, -1 for
+                nowhere. lengths: int32 [B], with it. cache: its tensors are written; its own lengths are not touched.
+
+        Returns: logits [B, 1, V].
+        """
+        base = self.base_model
+        bound = base._bind()
+        x = embedding_op(
+            tokens,
+            bound.table.data,
+            bound.vocab_size,
+            base._shape.width,
+            position_ids if bound.position_table is not None else None,
+            bound.position_table,
+            None,
+            format=bound.table.code,
+            dtype=bound.table.value_dtype,
+        )
+        x = base._run_blocks(x, cache, slots, lengths, None, None, None, True, None, None, position_ids)
+        return normed_linear(x, base.final_norm(), self.lm_head)
 
     def _run(self, *inputs: Any, output_attentions: bool | None, output_hidden_states: bool | None) -> DecoderRun:
         """:meth:`DecoderModel.run` on the inputs up to use_cache, and encoder states after; hidden states complete."""
