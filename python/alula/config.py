@@ -35,7 +35,7 @@ class DecoderConfig(PretrainedConfig):
     }
     fields: ClassVar[dict[str, tuple[str, Any]]] = {
         "vocab_size": ("count", 50257),
-        "n_positions": ("count", 1024),
+        "n_positions": ("positions", 1024),
         "n_embd": ("count", 768),
         "n_layer": ("count", 12),
         "n_head": ("count", 12),
@@ -151,7 +151,7 @@ class CodeGenConfig(DecoderConfig):
     fields: ClassVar[dict[str, tuple[str, Any]]] = {
         **DecoderConfig.fields,
         "vocab_size": ("count", 50400),
-        "n_positions": ("count", 2048),
+        "n_positions": ("positions", 2048),
         "n_ctx": ("count", 2048),
         "n_embd": ("count", 4096),
         "n_layer": ("count", 28),
@@ -197,7 +197,7 @@ class BigBirdConfig(PretrainedConfig):
         "hidden_act": ("activation", "gelu_new"),
         "hidden_dropout_prob": ("rate", 0.1),
         "attention_probs_dropout_prob": ("rate", 0.1),
-        "max_position_embeddings": ("count", 4096),
+        "max_position_embeddings": ("positions", 4096),
         "type_vocab_size": ("count", 2),
         "initializer_range": ("scale", 0.02),
         "layer_norm_eps": ("positive", 1e-12),

@@ -196,6 +196,8 @@ def _check_int(name: str, value: Any, at_least: int) -> None:
         raise ValueError(f"{name} must be an integer, but is {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, but is {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, but is {value}")
 
 
 def _check_real(name: str, value: Any, accepted: str, is_accepted: Any) -> None:

@@ -56,10 +56,17 @@ def _is_number(value: Any) -> bool:
 
 
 # kind of value -> (is it one, what is accepted)
+# Sizes are counted in 32 bits by the kernels; positions have tables that are made with the model, of 8 bytes and more.
+MAX_COUNT, MAX_POSITIONS = 2**31 - 1, 2**24
+
 _KINDS = {
-    "count": (lambda v: _is_int(v) and v > 0, "a positive integer"),
-    "count?": (lambda v: v is None or (_is_int(v) and v > 0), "a positive integer or null"),
-    "count or 0": (lambda v: _is_int(v) and v >= 0, "an integer that is not negative"),
+    "count": (lambda v: _is_int(v) and 0 < v <= MAX_COUNT, f"a positive integer up to {MAX_COUNT}"),
+    "count?": (
+        lambda v: v is None or (_is_int(v) and 0 < v <= MAX_COUNT),
+        f"a positive integer up to {MAX_COUNT}, or null",
+    ),
+    "count or 0": (lambda v: _is_int(v) and 0 <= v <= MAX_COUNT, f"an integer that is not negative, up to {MAX_COUNT}"),
+    "positions": (lambda v: _is_int(v) and 0 < v <= MAX_POSITIONS, f"a positive integer up to {MAX_POSITIONS}"),
     "id?": (lambda v: v is None or _is_int(v), "an integer or null"),
     "ids?": (
         lambda v: v is None or _is_int(v) or (isinstance(v, list) and all(map(_is_int, v))),

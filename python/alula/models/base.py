@@ -105,6 +105,11 @@ class PreTrainedModel(Quantizable, Module):
         elif overrides:
             raise TypeError(f"from_pretrained got a config and also values for it: {', '.join(overrides)}")
         checkpoint = Checkpoint(path)
+        if config.num_hidden_layers > len(checkpoint.names()):  # before making modules for all of them
+            raise ValueError(
+                f"{path} does not fit its configuration: num_hidden_layers is {config.num_hidden_layers}, but the "
+                f"checkpoint holds {len(checkpoint.names())} tensors"
+            )
         stored = stored_quantization(config, checkpoint)
         quantization = QuantizationConfig.of_arguments(stored, quantize, group_size, keep, activations, path)
         dtype = dtype or check_dtype(checkpoint.dtype(), f"{path}: weights of dtype")

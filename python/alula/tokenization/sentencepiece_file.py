@@ -58,6 +58,8 @@ def read_pieces(path: str | os.PathLike) -> list[Piece]:
 def _piece(data: bytes) -> Piece:
     text, score, kind = "", 0.0, NORMAL
     for field, value in _fields(data):
+        if field in (1, 2, 3) and isinstance(value, bytes) != (field < 3):
+            raise ValueError(f"field {field} of a piece is of the wrong type")
         if field == 1:
             text = value.decode("utf-8")
         elif field == 2:
