@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/cuda.h"
 #include "core/refuse_grad.h"
 #include "core/scratch.h"
 #include "core/tensor.h"
@@ -25,8 +26,8 @@ constexpr size_t kTilesOfRun = 16;
 // --- checks ------------------------------------------------------------------------------------------------------
 
 // [B, G, S, D], last dimension contiguous.
-void check_keys(const Tensor& t, const char* name, const Tensor& q, int64_t num_kv_heads) {
-  check_cpu(t, name);
+void check_keys(const Tensor& t, const char* name, const Tensor& q, int64_t num_kv_heads, Place place) {
+  check_place(t, name, place);
   check_shape(t, name, {q.size(0), num_kv_heads, -1, q.size(3)}, "[B, G, S, D]");
   check_dtype(t, name, q.scalar_type(), "q");
   ALULA_CHECK(t.size(2) >= q.size(1), name, " has ", t.size(2), " slots for the keys of ", q.size(1), " tokens");
@@ -46,10 +47,11 @@ struct Lists {
   const int32_t* entry(int64_t i) const { return static_cast<const int32_t*>(entries.const_data_ptr()) + 2 * i; }
 };
 
+// On CUDA nobody sees what they hold; the kernel takes care.
 Lists checked_lists(const Tensor& starts, const Tensor& entries, const Tensor& q, int64_t block_size,
-                    bool has_global_tokens) {
-  check_cpu(starts, "starts");
-  check_cpu(entries, "entries");
+                    bool has_global_tokens, Place place) {
+  check_place(starts, "starts", place);
+  check_place(entries, "entries", place);
   check_dtype(starts, "starts", ScalarType::Int, "a plan");
   check_dtype(entries, "entries", ScalarType::Int, "a plan");
   check_shape(entries, "entries", {-1, 2}, "[listed blocks, 2]");
@@ -64,6 +66,7 @@ Lists checked_lists(const Tensor& starts, const Tensor& entries, const Tensor& q
   const int64_t needed = (tokens + block_size - 1) / block_size;
   ALULA_CHECK(lists.num_blocks == needed, "the plan is for ", lists.num_blocks, " blocks of ", block_size, "; ", tokens,
               " tokens are ", needed, " blocks");
+  if (place.is_cuda()) return lists;
   const int64_t total = entries.size(0), count = starts.numel();
   const auto* start = static_cast<const int32_t*>(lists.starts.const_data_ptr());
   for (int64_t i = 0; i < count; i++) {
@@ -85,18 +88,18 @@ Lists checked_lists(const Tensor& starts, const Tensor& entries, const Tensor& q
 }
 
 // int32 [B], contiguous on return.
-OptionalTensor checked_columns(const OptionalTensor& t, const char* name, int64_t batch) {
+OptionalTensor checked_columns(const OptionalTensor& t, const char* name, int64_t batch, Place place) {
   if (!t) return t;
-  check_cpu(*t, name);
+  check_place(*t, name, place);
   check_shape(*t, name, {batch}, "[B]");
   check_dtype(*t, name, ScalarType::Int, "an index");
   return as_contiguous(t);
 }
 
 OptionalTensor checked_flags(const OptionalTensor& t, const char* name, int64_t rows, int64_t columns,
-                             const char* meaning) {
+                             const char* meaning, Place place) {
   if (!t) return t;
-  check_cpu(*t, name);
+  check_place(*t, name, place);
   check_shape(*t, name, {rows, columns}, meaning);
   check_dtype(*t, name, ScalarType::Bool, "a mask (true = visible)");
   return as_contiguous(t);
@@ -288,36 +291,90 @@ void set_tokens(Work& work, BlockSparseAttentionArgs& args, const OptionalTensor
   }
 }
 
+// The CPU: cut into tiles, shared out over threads.
+void run_on_cpu(BlockSparseAttentionArgs& args, const Lists& lists, const OptionalTensor& first,
+                const OptionalTensor& lengths, int64_t batch) {
+  static thread_local Work own_work;
+  Work& work = own_work;  // a reference, so that other threads see this one's
+  const BlockSparseAttentionKernels& kernels = ALULA_KERNELS(kBlockSparseAttention);
+  const size_t element_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
+  set_tokens(work, args, first, lengths, batch, static_cast<size_t>(args.num_heads * args.head_dim) * element_bytes);
+  make_tiles(work, args, kernels, lists, batch);
+  make_items(work, args, kernels);
+  ALULA_TRACE("block_sparse_attention", args.dtype, "H ", args.num_heads, " D ", args.head_dim, " N ", args.block_size,
+              ", batch ", size_class(batch), ", ", size_class(args.tokens), " tokens", args.causal ? ", causal" : "",
+              args.visible ? ", mask" : "", work.partial_bytes ? ": long rows by chunks" : ": runs of rows",
+              " over threads");
+  run_items(work, args, kernels);
+}
+
+// CUDA: cut as the plan's schedule says.
+void run_on_cuda(const BlockSparseAttentionArgs& args, BlockSparseAttentionCudaArgs cuda, const Tensor& like) {
+  const CudaScope scope(like);
+  const int64_t step = args.dtype == DType::kFloat32 ? 4 : 8;
+  const auto is_even = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  cuda.is_query_even = is_even(args.q);
+  cuda.are_keys_even = is_even(args.k) && is_even(args.v);
+  for (const auto& strides : {args.k_strides, args.v_strides}) {
+    for (int i = 0; i < 3; i++) cuda.are_keys_even = cuda.are_keys_even && strides[i] % step == 0;
+  }
+  BlockSparseAttentionCudaPlan plan = {};
+  ALULA_CUDA_CALL(plan = block_sparse_attention_cuda_plan(args, cuda));
+  ALULA_TRACE_CUDA("block_sparse_attention", args.dtype, "H ", args.num_heads, " D ", args.head_dim, " N ",
+                   args.block_size, ", batch ", size_class(cuda.batch), ", ", size_class(args.tokens), " tokens",
+                   args.causal ? ", causal" : "", args.visible ? ", mask" : "", ": ", 16 * plan.row_warps,
+                   " rows a block", plan.num_counters > 0 ? ", long lists over blocks" : "");
+  OptionalTensor workspace;
+  if (plan.num_counters > 0) {
+    workspace = new_tensor({plan.workspace_floats}, ScalarType::Float, place_of(like, "q"));
+    cuda.workspace = static_cast<float*>(workspace->mutable_data_ptr());
+    cuda.counters = zeroed_counters(like, scope, plan.num_counters);
+  }
+  ALULA_CUDA_CALL(block_sparse_attention_cuda(args, cuda, plan, scope.stream()));
+}
+
+// int32 [items, kScheduleColumns], contiguous on return.
+Tensor checked_schedule(const OptionalTensor& schedule, int64_t num_partials, Place place) {
+  ALULA_CHECK(schedule, "schedule is missing: on CUDA the op takes all of BlockPlan.on(device)");
+  check_place(*schedule, "schedule", place);
+  check_dtype(*schedule, "schedule", ScalarType::Int, "a plan");
+  check_shape(*schedule, "schedule", {-1, kScheduleColumns},
+              "[items, (list, block, first entry, entries, chunk, chunks)]");
+  ALULA_CHECK(num_partials >= 0 && num_partials <= schedule->size(0), "num_partials is ", num_partials,
+              "; the schedule has ", schedule->size(0), " items");
+  return as_contiguous(*schedule);
+}
+
 }  // namespace
 
 Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts,
                               const Tensor& entries, const OptionalTensor& global_tokens, int64_t block_size,
                               const OptionalTensor& first, const OptionalTensor& lengths, const OptionalTensor& mask,
-                              const OptionalTensor& head_mask, double scale, bool causal) {
-  ALULA_CHECK(!q.is_cuda(), "block_sparse_attention has CPU kernels only; q is on a GPU");
-  check_cpu(q, "q");
+                              const OptionalTensor& head_mask, double scale, bool causal,
+                              const OptionalTensor& schedule, int64_t num_partials) {
+  const Place place = place_of(q, "q");
   ALULA_CHECK(q.dim() == 4, "q has shape ", shape_of(q), "; expected [B, T, H, D]");
   const int64_t batch = q.size(0), tokens = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
   BlockSparseAttentionArgs args = {};
   args.dtype = value_dtype(q, "q");
   ALULA_CHECK(k.dim() == 4, "k has shape ", shape_of(k), "; expected [B, G, S, D]");
   check_heads(num_heads, k.size(1), head_dim);
-  check_keys(k, "k", q, k.size(1));
-  check_keys(v, "v", q, k.size(1));
+  check_keys(k, "k", q, k.size(1), place);
+  check_keys(v, "v", q, k.size(1), place);
   ALULA_CHECK(block_size == 16 || block_size == 32 || block_size == 64 || block_size == 128, "block_size is ",
               block_size, "; accepted: 16, 32, 64, 128");
-  Tensor out = new_large_tensor({batch, tokens, num_heads * head_dim}, q.scalar_type());
+  Tensor out = new_large_tensor({batch, tokens, num_heads * head_dim}, q.scalar_type(), place);
   if (out.numel() == 0) return out;
-  const Lists lists = checked_lists(starts, entries, q, block_size, global_tokens.has_value());
+  const Lists lists = checked_lists(starts, entries, q, block_size, global_tokens.has_value(), place);
   const OptionalTensor flags =
       checked_flags(global_tokens, "global_tokens", lists.num_batches, lists.num_blocks * block_size,
-                    "[batch rows of the plan, blocks * block_size]");
-  const OptionalTensor visible = checked_flags(mask, "mask", batch, tokens, "[B, T]");
-  const OptionalTensor begins = checked_columns(first, "first", batch);
-  const OptionalTensor counts = checked_columns(lengths, "lengths", batch);
+                    "[batch rows of the plan, blocks * block_size]", place);
+  const OptionalTensor visible = checked_flags(mask, "mask", batch, tokens, "[B, T]", place);
+  const OptionalTensor begins = checked_columns(first, "first", batch, place);
+  const OptionalTensor counts = checked_columns(lengths, "lengths", batch, place);
   OptionalTensor head_factors = head_mask;
   if (head_factors) {
-    check_cpu(*head_factors, "head_mask");
+    check_place(*head_factors, "head_mask", place);
     check_shape(*head_factors, "head_mask", {num_heads}, "[H]");
     check_dtype(*head_factors, "head_mask", ScalarType::Float, "a factor of probabilities");
     head_factors = as_contiguous(*head_factors);
@@ -344,23 +401,34 @@ Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   args.scale = static_cast<float>(scale);
   args.causal = causal;
   args.out = out.mutable_data_ptr();
-  static thread_local Work own_work;
-  Work& work = own_work;  // a reference, so that other threads see this one's
-  const BlockSparseAttentionKernels& kernels = ALULA_KERNELS(kBlockSparseAttention);
-  const size_t element_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
-  set_tokens(work, args, begins, counts, batch, static_cast<size_t>(num_heads * head_dim) * element_bytes);
-  make_tiles(work, args, kernels, lists, batch);
-  make_items(work, args, kernels);
-  ALULA_TRACE("block_sparse_attention", args.dtype, "H ", num_heads, " D ", head_dim, " N ", block_size, ", batch ",
-              size_class(batch), ", ", size_class(tokens), " tokens", causal ? ", causal" : "", mask ? ", mask" : "",
-              work.partial_bytes ? ": long rows by chunks" : ": runs of rows", " over threads");
-  run_items(work, args, kernels);
+  if (!place.is_cuda()) {
+    run_on_cpu(args, lists, begins, counts, batch);
+    return out;
+  }
+  const Tensor items = checked_schedule(schedule, num_partials, place);
+  run_on_cuda(args,
+              {
+                  .batch = batch,
+                  .num_blocks = lists.num_blocks,
+                  .plan_batches = lists.num_batches,
+                  .plan_heads = lists.num_heads,
+                  .num_entries = entries.size(0),
+                  .schedule = static_cast<const int32_t*>(items.const_data_ptr()),
+                  .num_items = items.size(0),
+                  .num_partials = num_partials,
+                  .first = static_cast<const int32_t*>(data_or_null(begins)),
+                  .lengths = static_cast<const int32_t*>(data_or_null(counts)),
+                  .is_query_even = false,
+                  .are_keys_even = false,
+                  .workspace = nullptr,
+                  .counters = nullptr,
+              },
+              out);
   return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) { m.impl("block_sparse_attention", ALULA_BOX(block_sparse_attention)); }
 
-// For the error above: without a kernel, torch would say less.
 STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) { m.impl("block_sparse_attention", ALULA_BOX(block_sparse_attention)); }
 
 }  // namespace alula

@@ -6,6 +6,7 @@
 
 #include "core/types.h"
 #include "cpu/isa.h"
+#include "cuda/device.h"
 
 namespace alula {
 
@@ -24,8 +25,8 @@ struct BlockSparseAttentionArgs {
   const uint8_t* global_tokens;        // [1 or B, n * N], by the place in the row's blocks; may be null
   int64_t global_stride;               // from a batch row to the next; 0 where they share
   const uint8_t* visible;              // [B, T]; null: all
-  const int32_t* grid;                 // [B]
-  const int32_t* ends;                 // [B]
+  const int32_t* grid;                 // [B]; on the CPU
+  const int32_t* ends;                 // [B]; on the CPU
   const float* head_mask;              // [H], may be null
   float scale;
   bool causal;  // a query sees no key behind itself
@@ -58,5 +59,36 @@ struct BlockSparseAttentionKernels {
 };
 
 ALULA_DECLARE_KERNELS(BlockSparseAttentionKernels, kBlockSparseAttention)
+
+// --- CUDA: plan and lengths lie on the device -----------------------------------------------------------------------
+
+// Of an item of the schedule: list (batch row of the plan * its heads + head), query block, first entry, number of
+// entries, chunk, number of chunks of the list. Chunks of a list are neighbours.
+constexpr int kScheduleColumns = 6;
+
+struct BlockSparseAttentionCudaArgs {
+  int64_t batch, num_blocks;          // B; of the plan
+  int64_t plan_batches, plan_heads;   // 1 or B, 1 or H: how many have lists of their own
+  int64_t num_entries;                // of `entries`
+  const int32_t* schedule;            // [num_items, kScheduleColumns]
+  int64_t num_items, num_partials;    // the first num_partials items are chunks of lists, the others whole lists
+  const int32_t* first;               // [B]; null: 0
+  const int32_t* lengths;             // [B]; null: all from `first` on
+  bool is_query_even, are_keys_even;  // can be read 16 bytes at a time
+  float* workspace;                   // [workspace_floats] of the plan below
+  uint32_t* counters;                 // [num_counters], zeros before and after
+};
+
+struct BlockSparseAttentionCudaPlan {
+  int row_warps;
+  int64_t block_tiles;  // of a query block
+  int64_t num_blocks;   // of threads
+  int64_t workspace_floats, num_counters;
+};
+
+BlockSparseAttentionCudaPlan block_sparse_attention_cuda_plan(const BlockSparseAttentionArgs& args,
+                                                              const BlockSparseAttentionCudaArgs& cuda);
+void block_sparse_attention_cuda(const BlockSparseAttentionArgs& args, const BlockSparseAttentionCudaArgs& cuda,
+                                 const BlockSparseAttentionCudaPlan& plan, const CudaStream& stream);
 
 }  // namespace alula

@@ -8,6 +8,7 @@ Alphabet: T tokens, N block size, n = ceil(T / N) blocks, H heads, r random bloc
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -21,15 +22,53 @@ from alula import (
     _library,  # noqa: F401  (loads the op library)
 )
 from alula.bigbird_draws import draw_training_blocks
+from alula.block_schedule import Schedule, schedule_lists
 
-__all__ = ["BLOCK_SIZES", "BatchPlan", "BlockPlan", "batch_plans"]
+__all__ = ["BLOCK_SIZES", "BatchPlan", "BlockPlan", "PlanTensors", "batch_plans"]
 
 BLOCK_SIZES = (16, 32, 64, 128)
 _CACHED_PLANS = 256  # a model in training has one for each layer and length
 _MOST_HEADS = 65536  # each head has lists of its own
 
 
-class BlockPlan:
+class PlanTensors(NamedTuple):
+    """A plan as the op takes it, on one device: starts [B or 1, H or 1, n + 1], entries [total, 2], global_tokens
+    [B or 1, n * N] or None; on CUDA also the schedule (:mod:`alula.block_schedule`)."""
+
+    starts: Tensor
+    entries: Tensor
+    global_tokens: Tensor | None
+    schedule: Tensor | None = None
+    num_partials: int = 0
+
+
+class _OnDevices(abc.ABC):
+    """A plan's tensors: made on the CPU, copied to a GPU once."""
+
+    tensors: tuple[Tensor, Tensor, Tensor | None]
+
+    def __init__(self) -> None:
+        self._copies: dict[torch.device, PlanTensors] = {}
+
+    @abc.abstractmethod
+    def _schedule(self) -> Schedule:
+        """The order of the work on a GPU."""
+
+    def on(self, device: torch.device) -> PlanTensors:
+        """The plan's tensors on a device (of a tensor: ``q.device``)."""
+        found = self._copies.get(device)
+        if found is None:
+            found = PlanTensors(*(None if t is None else t.to(device) for t in self.tensors))
+            if device.type == "cuda":
+                schedule = self._schedule()
+                found = found._replace(
+                    schedule=torch.from_numpy(schedule.items).to(device), num_partials=schedule.num_partials
+                )
+            self._copies[device] = found
+        return found
+
+
+class BlockPlan(_OnDevices):
     """A list of (key block, count) for each query block, for all heads together or for each.
 
     A key of a block with count c enters the softmax c times (log(c) is added to its score). A count of 0 stands for
@@ -53,6 +92,7 @@ class BlockPlan:
         global_tokens: Iterable[int] = (),
         name: str = "own",
     ) -> None:
+        super().__init__()
         self.block_size = block_size
         self.is_causal = is_causal
         self.num_blocks: int = native.num_blocks
@@ -207,6 +247,9 @@ class BlockPlan:
         flags = None if self.global_tokens is None else torch.from_numpy(self.global_tokens.copy())[None]
         return torch.from_numpy(self.starts.copy())[None], torch.from_numpy(self.entries.copy()), flags
 
+    def _schedule(self) -> Schedule:
+        return schedule_lists([self.starts], self.block_size)
+
     def draw(self, head: int = 0, max_columns: int = 128) -> str:
         """A picture in text: a row for each query block. ``#`` counts once, a digit that often (``+``: 10 and more),
         ``o`` global tokens only, ``.`` not at all. Larger plans than ``max_columns`` are cut in the middle."""
@@ -265,13 +308,16 @@ class BlockPlan:
         return head % self.num_heads
 
 
-class BatchPlan(NamedTuple):
+class BatchPlan(_OnDevices):
     """A plan for each row of a batch, as tensors: starts [B, 1 or H, n + 1], entries [total, 2], global_tokens
     [B, n * N] or None. n is that of the longest sequence; rows have empty lists for blocks that they do not reach."""
 
-    tensors: tuple[Tensor, Tensor, Tensor | None]
-    block_size: int
-    is_causal: bool
+    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor | None], block_size: int, is_causal: bool) -> None:
+        super().__init__()
+        self.tensors, self.block_size, self.is_causal = tensors, block_size, is_causal
+
+    def _schedule(self) -> Schedule:
+        return schedule_lists(list(self.tensors[0].numpy()), self.block_size)
 
 
 def batch_plans(

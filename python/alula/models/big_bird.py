@@ -51,7 +51,7 @@ def first_columns(real: Tensor, position_ids: Tensor) -> Tensor | None:
     if bool(real[:, 0].all()):
         return None
     first = (~real).sum(1)
-    places = torch.arange(real.shape[1]) - first.unsqueeze(1)
+    places = torch.arange(real.shape[1], device=real.device) - first.unsqueeze(1)
     if not torch.equal(places >= 0, real) or bool(((position_ids != places) & real).any()):
         return None
     return first.clamp(max=real.shape[1] - 1)

@@ -100,11 +100,14 @@ class SparseAttention:
         if self._first is not None:
             plan = batch_plans(plan, q, self._first)
         head_mask = None if self._head_masks is None else self._head_masks[layer]
+        starts, entries, global_tokens, schedule, num_partials = plan.on(q.device)
         return block_sparse_op(
             q,
             kv[..., :head_dim],
             kv[..., head_dim:],
-            *plan.tensors,
+            starts,
+            entries,
+            global_tokens,
             plan.block_size,
             self._first,
             None,
@@ -112,6 +115,8 @@ class SparseAttention:
             head_mask,
             self._shape.scales[layer],
             plan.is_causal,
+            schedule,
+            num_partials,
         )
 
     def probabilities(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:

@@ -34,7 +34,9 @@ class BigBirdRun(NamedTuple):
     def first_tokens(self) -> Tensor:
         """[B, E], the output at the first token of each row."""
         hidden = self.hidden
-        return hidden[:, 0] if self.first is None else hidden[torch.arange(hidden.shape[0]), self.first]
+        if self.first is None:
+            return hidden[:, 0]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), self.first]
 
 
 class BigBirdPreTrainedModel(PreTrainedModel):

@@ -39,7 +39,7 @@ def make_cross_key_values(
 ) -> CrossKeyValues:
     """Keys and values of encoder states [B, S, E] for every block; ``real`` bool [B, S] is false at padding."""
     batch, columns, width = states.shape
-    lengths = torch.full((batch,), columns, dtype=torch.int32)
+    lengths = torch.full((batch,), columns, dtype=torch.int32, device=states.device)
     if real is not None and bool(real.all()):
         real = None
     if real is not None:  # tokens to the front of each row, in their order

@@ -39,13 +39,14 @@ def block_sparse_attention(
         scale: multiplies the scores, default ``D ** -0.5``.
 
     Returns: [B, T, H*D]. Scores, softmax and sums are float32. Padding, and a query that sees no key, gives zeros.
+    The plan's own tensors are made on the device of q at the first call there.
     Algorithm: BigBird (Zaheer et al. 2020) as online softmax over lists of blocks; extra memory does not grow with T.
     """
     refuse_grad(q, k, v, head_mask)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     lists = plan if isinstance(plan, BlockPlan) else batch_plans(plan, q, first, lengths)
-    starts, entries, global_tokens = lists.tensors
+    starts, entries, global_tokens, schedule, num_partials = lists.on(q.device)
     return torch.ops.alula.block_sparse_attention(
         q,
         k,
@@ -60,6 +61,8 @@ def block_sparse_attention(
         head_mask,
         scale,
         lists.is_causal,
+        schedule,
+        num_partials,
     )
 
 
@@ -83,12 +86,12 @@ def block_sparse_probabilities(
     refuse_grad(q, k)
     batch, tokens, num_heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
-    result = torch.zeros(batch, num_heads, tokens, tokens)
+    result = torch.zeros(batch, num_heads, tokens, tokens, device=q.device)
     for b in range(batch):
         begin = 0 if first is None else int(first[b])
         end = tokens if lengths is None else begin + int(lengths[b])
         row_plan = plan if isinstance(plan, BlockPlan) else plan[b]
-        counts = torch.from_numpy(row_plan.to_dense())[:, : end - begin, : end - begin]
+        counts = torch.from_numpy(row_plan.to_dense())[:, : end - begin, : end - begin].to(q.device)
         if mask is not None:
             counts = counts * mask[b, begin:end] * mask[b, begin:end, None]
         keys = k[b, :, begin:end].float().repeat_interleave(num_heads // k.shape[1], dim=0)
@@ -101,7 +104,23 @@ def block_sparse_probabilities(
 
 
 @torch.library.register_fake("alula::block_sparse_attention")
-def _(q, k, v, starts, entries, global_tokens, block_size, first, lengths, mask, head_mask, scale, causal):
+def _(
+    q,
+    k,
+    v,
+    starts,
+    entries,
+    global_tokens,
+    block_size,
+    first,
+    lengths,
+    mask,
+    head_mask,
+    scale,
+    causal,
+    schedule=None,
+    num_partials=0,
+):
     same_device(
         q=q,
         k=k,
@@ -113,5 +132,6 @@ def _(q, k, v, starts, entries, global_tokens, block_size, first, lengths, mask,
         lengths=lengths,
         mask=mask,
         head_mask=head_mask,
+        schedule=schedule,
     )
     return q.new_empty([q.shape[0], q.shape[1], q.shape[2] * q.shape[3]])
