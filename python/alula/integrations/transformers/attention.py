@@ -4,7 +4,7 @@ The single key/value head of a multi-query model is never expanded. Padding come
 packed sequences and masks of the caller's own come as 4-D ones.
 
 CodeGen and BigBird have no dispatch. Where they ask for a mask, this name is refused; where they never look it up
-(BigBird over blocks, CodeGen in 4.57) they run their own attention, correctly and no faster.
+(BigBird over blocks, both in 4.57) nothing can refuse it, and they run their own attention, to the same bits.
 
 Alphabet: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head size.
 """
