@@ -231,3 +231,84 @@ def test_determinism_and_rows() -> None:
     together = models.fast(ids)[0]
     assert torch.equal(models.fast(ids)[0], together)
     assert torch.equal(models.fast(ids[1:])[0], together[1:])
+
+
+# --- what transformers' common model tests ask of every class --------------------------------------------------------
+
+
+@pytest.fixture(params=CLASSES)
+def encoder(request: pytest.FixtureRequest) -> Any:
+    models = pair(request.param)
+    yield models.fast
+    assert models.report.fast_calls
+    assert not models.report.plain_calls
+
+
+def ids_of(model: Any, tokens: int = LONG) -> torch.Tensor:
+    return inputs(tokens, choices=type(model).__name__ == "BigBirdForMultipleChoice")[0]
+
+
+def test_model_outputs_equivalence(encoder: Any) -> None:
+    for flags in ({}, {"output_hidden_states": True}):
+        named, plain = (encoder(ids_of(encoder), return_dict=kind, **flags) for kind in (True, False))
+        assert isinstance(plain, tuple)
+        given = [item for item in named.to_tuple() if item is not None]
+        for one, other in zip(given, [item for item in plain if item is not None], strict=True):
+            for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (one, other)), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_forward_signature_and_embeddings(encoder: Any) -> None:
+    import inspect
+
+    body = encoder.base_model
+    names = list(inspect.signature(body.forward).parameters)
+    assert names == list(inspect.signature(type(body).forward).parameters)[1:]
+    assert names[0] == "input_ids"
+    ids = inputs(LONG)[0]
+    embeds = body.get_input_embeddings()(ids)
+    assert torch.equal(body(ids)[0], body(inputs_embeds=embeds)[0])
+
+
+def test_hidden_states_output(encoder: Any) -> None:
+    body = encoder.base_model
+    out = body(inputs(LONG)[0], output_hidden_states=True)
+    assert len(out.hidden_states) == body.config.num_hidden_layers + 1
+    assert {state.shape for state in out.hidden_states} == {(2, LONG, body.config.hidden_size)}
+    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+
+
+def test_attention_outputs_of_full_attention() -> None:
+    models = pair("BigBirdModel", attention_type="original_full")
+    ids, mask = inputs(SHORT, "right")
+    out = models.fast(ids, attention_mask=mask, output_attentions=True)
+    config = models.fast.config
+    assert len(out.attentions) == config.num_hidden_layers
+    for attention in out.attentions:
+        assert attention.shape == (2, config.num_attention_heads, SHORT, SHORT)
+        assert torch.allclose(attention.sum(-1), torch.ones(()), atol=1e-5)
+        assert not attention[1, :, :, SHORT - 19 :].any()
+    models.prove(1)
+
+
+def test_resize_tokens_embeddings() -> None:
+    models = pair("BigBirdForMaskedLM")
+    ids, _ = inputs(LONG)
+    before = models.fast(ids).logits
+    size = models.fast.config.vocab_size
+    models.fast.resize_token_embeddings(size + 10, mean_resizing=False)
+    report = at.accelerate(models.fast)
+    after = models.fast(ids).logits
+    assert after.shape[-1] == size + 10
+    close(after[..., :size], before)
+    assert "output projection" in str(report)
+
+
+def test_save_load(encoder: Any, tmp_path: Any) -> None:
+    ids = ids_of(encoder)
+    expected = encoder(ids)[0]
+    encoder.save_pretrained(tmp_path)
+    again = type(encoder).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    report = at.accelerate(again)
+    assert torch.equal(again(ids)[0], expected)
+    assert report.fast_calls == 1

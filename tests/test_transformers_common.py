@@ -18,29 +18,34 @@ import alula.integrations.transformers as at
 import torch
 from alula.integrations.transformers.cache import decoder_cache
 from decoder_cases import random_ids
+from test_transformers_big_bird import pair as big_bird_pair
 from transformers_cases import IS_5, LANGUAGE_MODELS, close, pair
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 3}
 
 
-@pytest.fixture(params=LANGUAGE_MODELS)
+@pytest.fixture(params=(*LANGUAGE_MODELS, "BigBirdForCausalLM"))
 def model(request: pytest.FixtureRequest) -> Any:
-    models = pair(2, request.param)
+    """A language model of each family; BigBird's as a decoder, which transformers runs with full attention only."""
+    if request.param == "BigBirdForCausalLM":
+        models = big_bird_pair(request.param, is_decoder=True, attention_type="original_full")
+    else:
+        models = pair(2, request.param)
     yield models.fast
     assert models.report.fast_calls
     assert not models.report.plain_calls
 
 
 def kv_heads(model: Any) -> int:
-    return 1 if getattr(model.config, "multi_query", False) else model.config.n_head
+    return 1 if getattr(model.config, "multi_query", False) else model.config.num_attention_heads
 
 
 def check_cache(model: Any, cache: Any, batch: int, length: int) -> None:
     config = model.config
     cache = decoder_cache(cache)
-    assert len(cache.layers) == config.n_layer
+    assert len(cache.layers) == config.num_hidden_layers
     for layer in cache.layers:
-        expected = (batch, kv_heads(model), length, config.n_embd // config.n_head)
+        expected = (batch, kv_heads(model), length, config.hidden_size // config.num_attention_heads)
         assert layer.keys.shape == layer.values.shape == expected
 
 
@@ -66,10 +71,10 @@ def test_greedy_generate_dict_outputs(model: Any, use_cache: bool) -> None:
     for step, (score, attentions, hidden) in enumerate(zip(out.scores, out.attentions, out.hidden_states, strict=True)):
         assert score.shape == (2, model.config.vocab_size)
         tokens = 1 if use_cache and step else 7 + step
-        assert len(attentions) == model.config.n_layer
-        assert {a.shape for a in attentions} == {(2, model.config.n_head, tokens, 7 + step)}
-        assert len(hidden) == model.config.n_layer + 1
-        assert {h.shape for h in hidden} == {(2, tokens, model.config.n_embd)}
+        assert len(attentions) == model.config.num_hidden_layers
+        assert {a.shape for a in attentions} == {(2, model.config.num_attention_heads, tokens, 7 + step)}
+        assert len(hidden) == model.config.num_hidden_layers + 1
+        assert {h.shape for h in hidden} == {(2, tokens, model.config.hidden_size)}
     if use_cache:
         check_cache(model, out.past_key_values, 2, 10)
     else:
@@ -195,9 +200,9 @@ def test_a_row_in_a_batch(model: Any) -> None:
 def test_attention_outputs(model: Any) -> None:
     ids = random_ids(model, 2, 6)
     out = model(ids, output_attentions=True)
-    assert len(out.attentions) == model.config.n_layer
+    assert len(out.attentions) == model.config.num_hidden_layers
     for attention in out.attentions:
-        assert attention.shape == (2, model.config.n_head, 6, 6)
+        assert attention.shape == (2, model.config.num_attention_heads, 6, 6)
         assert torch.allclose(attention.sum(-1), torch.ones(()), atol=1e-5)
         assert not attention.triu(1).any()
     both = model(ids, output_attentions=True, output_hidden_states=True)
@@ -206,8 +211,8 @@ def test_attention_outputs(model: Any) -> None:
 
 def test_hidden_states_output(model: Any) -> None:
     ids = random_ids(model, 2, 6)
-    out = model.transformer(ids, output_hidden_states=True)
-    assert len(out.hidden_states) == model.config.n_layer + 1
+    out = model.base_model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1
     assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
 
 
@@ -229,9 +234,9 @@ def test_determinism(model: Any) -> None:
 
 def test_forward_signature(model: Any) -> None:
     model(random_ids(model, 1, 2))
-    names = list(inspect.signature(model.transformer.forward).parameters)
+    names = list(inspect.signature(model.base_model.forward).parameters)
     assert names[0] == "input_ids"
-    assert names == list(inspect.signature(type(model.transformer).forward).parameters)[1:]
+    assert names == list(inspect.signature(type(model.base_model).forward).parameters)[1:]
 
 
 def test_inputs_embeds_matches_input_ids(model: Any) -> None:
@@ -299,7 +304,7 @@ def test_resize_tokens_embeddings(model: Any) -> None:
     close(after[..., :size], before)
     assert model(torch.full((1, 3), size + 5)).logits.isfinite().all()
     assert report.fast_calls
-    assert "lm_head" in str(at.accelerate(model).replaced)
+    assert "output projection" in str(at.accelerate(model).replaced)
 
 
 def test_save_load(model: Any, tmp_path: Any) -> None:
