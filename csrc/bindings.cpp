@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/peak.h"
 #include "cuda/device.h"
+#include "cuda/id_faults.h"
 #include "ops/block_plan.h"
 #include "ops/decoder_blocks.h"
 
@@ -110,6 +111,8 @@ PYBIND11_MODULE(_C, m) {
         "Use this instruction set from now on. Raises ValueError for one that is unknown or that this CPU lacks.");
   m.def("missing_cuda_code", &alula::missing_code, py::arg("major"), py::arg("minor"), py::arg("archs"),
         "Why a GPU of this compute capability cannot run code built for `archs` ('80 90a 120+'); empty where it can.");
+  m.def("take_cuda_id_fault", &alula::take_id_fault, py::arg("device_index"),
+        "Which ids a kernel of this GPU found outside their table since the last time; empty: none.");
   m.def("release_decoder_blocks", &alula::release_decoder_blocks, py::arg("blocks"),
         "Forget a stack of blocks that torch.ops.alula.bind_decoder_blocks made.");
   m.def("peak_gflops", &peak_gflops, py::arg("kind"), py::arg("seconds") = 0.2,

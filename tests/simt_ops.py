@@ -136,11 +136,15 @@ class Ops:
         token_type_ids: Tensor | None = None,
         token_type_table: Tensor | None = None,
         scale: float = 1.0,
+        faults: Tensor | None = None,
     ) -> Tensor:
+        """`faults`: int64 [3, 2], zeros; gets (id, limit) of a wrong input id, position and token type."""
         packed = padded_rows(table)
-        return self.call(
+        noted = torch.zeros(3, 2, dtype=torch.int64) if faults is None else faults
+        results = self.call(
             "embedding",
-            ("out",),
+            ("out", "faults"),
+            faults=noted,
             input_ids=input_ids,
             table=packed,
             table_stride=packed.shape[1],
@@ -157,7 +161,10 @@ class Ops:
             tokens=input_ids.numel(),
             dtype=DTYPES[table.dtype],
             out=new_result((*input_ids.shape, table.shape[1]), table.dtype),
-        )["out"]
+        )
+        noted.copy_(results["faults"])
+        assert faults is not None or not noted.any(), f"wrong ids: {noted.tolist()}"
+        return results["out"]
 
     def _product(
         self,

@@ -206,15 +206,22 @@ def test_embedding_with_token_types_of_their_own_and_a_scale(ops: Ops, dtype: to
     expected = reference.embedding(ids, table, **options)
     assert_close(ops.embedding(ids, table, **options), expected, magnitude=3.0, tolerance=1e-6)
     options["token_type_ids"][0, 2] = 2
-    assert ops.embedding(ids, table, **options)[0, 2].isnan().all()
+    faults = torch.zeros(3, 2, dtype=torch.int64)
+    assert ops.embedding(ids, table, **options, faults=faults)[0, 2].isnan().all()
+    assert faults.tolist() == [[0, 0], [0, 0], [2, 2]]
 
 
-def test_embedding_ids_outside_the_table_give_nan(ops: Ops, dtype: torch.dtype) -> None:
+def test_embedding_ids_outside_the_table_give_nan_and_are_noted(ops: Ops, dtype: torch.dtype) -> None:
     table, places = torch.randn(5, 24).to(dtype), torch.randn(3, 24).to(dtype)
     ids = torch.tensor([[0, 5, 4, -1]])
-    out = ops.embedding(ids, table)
+    faults = torch.zeros(3, 2, dtype=torch.int64)
+    out = ops.embedding(ids, table, faults=faults)
+    assert faults[0].tolist() in ([5, 5], [-1, 5])
+    assert not faults[1:].any()
     assert out[0, [1, 3]].isnan().all()
     assert_equal_bits(out[0, [0, 2]], table[[0, 4]])
-    out = ops.embedding(torch.zeros_like(ids), table, position_ids=ids, position_table=places)
+    faults.zero_()
+    out = ops.embedding(torch.zeros_like(ids), table, position_ids=ids, position_table=places, faults=faults)
+    assert faults[1].tolist() in ([5, 3], [4, 3], [-1, 3])
     assert out[0, 1:].isnan().all()
     assert out[0, 0].isfinite().all()

@@ -3,6 +3,7 @@
 #include <sstream>
 
 #include "core/env.h"
+#include "cuda/id_faults.h"
 
 namespace alula {
 
@@ -26,6 +27,33 @@ std::string missing_code(int major, int minor, const std::string& archs) {
 }
 
 std::string cuda_archs() { return ALULA_CUDA_ARCHS; }
+
+std::string take_text(IdFaults* faults) {
+  if (faults == nullptr) return "";
+  constexpr const char* kNames[] = {"input_ids", "position_ids", "token_type_ids"};
+  std::string text;
+  for (int kind = 0; kind < 3; kind++) {
+    auto& fault = faults->of[kind];
+    const int64_t limit = fault.limit;
+    if (limit == 0) continue;
+    fault.limit = 0;
+    text += text.empty() ? "" : "; ";
+    text += kNames[kind];
+    text += " holds " + std::to_string(fault.id) + "; accepted: 0 to " + std::to_string(limit - 1);
+  }
+  return text;
+}
+
+std::string take_id_fault([[maybe_unused]] int device_index) {
+#if ALULA_WITH_CUDA
+  const std::string text = take_text(known_id_faults(device_index));
+  if (text.empty()) return text;
+  return text + " (found on cuda:" + std::to_string(device_index) +
+         " in a call before this one, whose result is NaN; ALULA_SYNC=1 raises at the call)";
+#else
+  return "";
+#endif
+}
 
 bool waits_for_kernels() {
   static const bool waits = env_flag("ALULA_SYNC");

@@ -2,10 +2,13 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <atomic>
+#include <cstring>
 #include <mutex>
 
 #include "core/check.h"
 #include "cuda/device.h"
+#include "cuda/id_faults.h"
 
 namespace alula {
 namespace {
@@ -45,6 +48,34 @@ const CudaDevice& cuda_device(int index) {
   });
   ALULA_CHECK(entry.missing.empty(), entry.missing);
   return entry.device;
+}
+
+namespace {
+
+std::array<std::atomic<IdFaults*>, kMaxDevices> faults_of_devices;
+
+}  // namespace
+
+IdFaults* known_id_faults(int device_index) {
+  if (device_index < 0 || device_index >= kMaxDevices) return nullptr;
+  return faults_of_devices[static_cast<size_t>(device_index)].load(std::memory_order_acquire);
+}
+
+IdFaults* id_faults(const CudaStream& stream) {
+  const int index = stream.device->index;
+  if (IdFaults* known = known_id_faults(index)) return known;
+  if (capture_id(stream) != 0) return nullptr;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  if (IdFaults* known = known_id_faults(index)) return known;
+  // Never given back: a kernel or a graph that knows the address may outlive everything here.
+  void* memory = nullptr;
+  check_cuda(cudaHostAlloc(&memory, sizeof(IdFaults), cudaHostAllocMapped | cudaHostAllocPortable),
+             "memory for wrong ids");
+  std::memset(memory, 0, sizeof(IdFaults));
+  auto* faults = static_cast<IdFaults*>(memory);
+  faults_of_devices[static_cast<size_t>(index)].store(faults, std::memory_order_release);
+  return faults;
 }
 
 uint64_t capture_id(const CudaStream& stream) {

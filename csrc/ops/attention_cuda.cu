@@ -194,6 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   }
   copy_async_wait<0>();
   __syncthreads();
+  let_next_kernel_start();  // it fetches its weights meanwhile
 
   // --- the warps' parts become the block's ---
   leave_state<C>(state, row_warp, key_warp, sums, states);

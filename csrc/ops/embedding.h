@@ -6,7 +6,7 @@
 #include "core/types.h"
 #include "cpu/isa.h"
 #include "cpu/weight_format.h"
-#include "cuda/device.h"
+#include "cuda/id_faults.h"
 
 namespace alula {
 
@@ -35,6 +35,7 @@ ALULA_DECLARE_KERNELS(EmbeddingKernels, kEmbedding)
 struct EmbeddingTables {
   int64_t stride;  // elements from row to row of the plain [V, E] (cuda/weight_layout.h)
   int64_t num_embeddings, num_positions, num_token_types;
+  IdFaults* faults;  // where wrong ids are noted (cuda/id_faults.h); may be null
 };
 
 void embedding_cuda(const EmbeddingArgs& args, const EmbeddingTables& tables, int64_t num_tokens,

@@ -1,7 +1,7 @@
 // embedding on CUDA: a block owns a token and adds its word row, position row and token-type row in fp32.
 //
-// An id outside its table gives a row of NaN: it
-// cannot be checked without waiting for the device.
+// An id outside its table gives a row of NaN, and is noted where the host looks later: it cannot be checked without
+// waiting for the device.
 //
 // Not measured yet: no GPU was at hand.
 #include "ops/embedding.h"
@@ -31,10 +31,33 @@ __device__ __forceinline__ void add_row(float (&sum)[N], const T* table, int64_t
   for (int i = 0; i < N; i++) sum[i] += is_there ? v[i] : NAN;
 }
 
+// Tells the host of an id that is outside its table.
+__device__ __forceinline__ void note_id(IdFaults* faults, IdKind kind, int64_t id, int64_t rows) {
+  if (faults == nullptr || (id >= 0 && id < rows)) return;
+  auto& fault = faults->of[static_cast<int>(kind)];
+  fault.id = id;
+  __threadfence_system();
+  fault.limit = rows;
+}
+
+__device__ __forceinline__ void note_ids(const Params& p, int64_t token) {
+  const EmbeddingArgs& args = p.args;
+  note_id(p.tables.faults, IdKind::kInput, args.input_ids[token], p.tables.num_embeddings);
+  if (args.position_ids != nullptr) {
+    note_id(p.tables.faults, IdKind::kPosition, args.position_ids[token % args.position_period],
+            p.tables.num_positions);
+  }
+  if (args.token_type_ids != nullptr) {
+    note_id(p.tables.faults, IdKind::kTokenType, args.token_type_ids[token],
+            args.token_type_table == nullptr ? p.tables.num_embeddings : p.tables.num_token_types);
+  }
+}
+
 template <typename T, int N>
 __global__ void __launch_bounds__(kMaxThreads) embedding_kernel(Params p) {
   const EmbeddingArgs& args = p.args;
   const int64_t token = blockIdx.x;
+  if (threadIdx.x == 0) note_ids(p, token);
   const auto* table = static_cast<const T*>(args.table);
   const bool types_are_words = args.token_type_table == nullptr;
   const auto* types = types_are_words ? table : static_cast<const T*>(args.token_type_table);

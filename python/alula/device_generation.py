@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alula.cache import KVCache
 from alula.cuda_graph import DecodeStep, can_step, pooled_step
+from alula.devices import raise_id_fault
 from alula.generation_config import GenerationConfig
 
 __all__ = ["DeviceSteps", "chooses_on_device"]
@@ -112,6 +113,7 @@ class DeviceSteps:
             self._sent[self.num_read].synchronize()
             del self._sent[self.num_read]
         self.waits += 1
+        raise_id_fault(self.cache.device)
         tokens, largest = self._reports[self.num_read, :, : self._num_rows].tolist()
         _check(largest)
         if self._given is not None and self.num_read:
@@ -126,6 +128,7 @@ class DeviceSteps:
             self._sent[count - 1].synchronize()
             self._sent.clear()
         self.waits += 1
+        raise_id_fault(self.cache.device)
         _check(self._reports[count - 1, 1, : self._num_rows].tolist())
         if self._given is not None:
             self._given.advance(self._running, count - max(self.num_read, 1))

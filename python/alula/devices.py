@@ -6,7 +6,16 @@ import torch
 
 from alula import _C
 
-__all__ = ["checked_device"]
+__all__ = ["checked_device", "raise_id_fault"]
+
+
+def raise_id_fault(device: torch.device) -> None:
+    """ValueError, once, if a kernel of a CUDA device has found an id outside its table since the last time; it does not
+    wait for the device, so ids of calls that have not run yet are not known."""
+    if device.type == "cuda":
+        wrong = _C.take_cuda_id_fault(device.index or 0)
+        if wrong:
+            raise ValueError(wrong)
 
 
 def checked_device(device: torch.device | str | int | None) -> torch.device:

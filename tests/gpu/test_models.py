@@ -7,7 +7,7 @@ import alula
 import alula.generation
 import pytest
 import torch
-from alula import cuda_graph
+from alula import cuda_graph, devices
 from decoder_cases import LANGUAGE_MODELS, alula_model, hf_model, padding_mask, random_ids, worst
 
 
@@ -131,6 +131,24 @@ def test_weights_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> No
     ours.to("cpu")
     for name, value in ours.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("cls", ["GPTBigCodeForCausalLM", "GPT2LMHeadModel"])
+def test_wrong_ids_are_named_once_the_gpu_has_come_to_them(cls: str) -> None:
+    ours = alula_model(hf_model(2, cls)).to("cuda")
+    devices.raise_id_fault(ours.device)
+    wrong, fine = torch.tensor([[1, 100_000]]).cuda(), torch.tensor([[1, 2]]).cuda()
+
+    def calls() -> None:
+        ours(wrong)  # it may know already at the end of the call
+        torch.cuda.synchronize()
+        ours(fine)
+
+    with pytest.raises(ValueError, match="input_ids holds 100000; accepted: 0 to"):
+        calls()
+    assert ours(fine).logits.isfinite().all()
+    with pytest.raises(ValueError, match="input_ids holds the id 100000"):
+        ours.generate(wrong, max_new_tokens=2)
 
 
 def test_inputs_and_caches_elsewhere_are_refused() -> None:

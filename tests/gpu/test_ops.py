@@ -59,6 +59,9 @@ def test_embedding(width: int, dtype: torch.dtype) -> None:
     assert_equal_bits(packed.unpack().cpu(), table)
     assert_equal_bits(ops.embedding(ids.cuda(), packed).cpu(), table[ids])
     out = ops.embedding(torch.tensor([[0, 1000]]).cuda(), packed)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="input_ids holds 1000; accepted: 0 to 999"):
+        ops.embedding(ids.cuda(), packed)
     assert out[0, 1].isnan().all()
 
 

@@ -69,6 +69,8 @@ void run_rotary(const Request& r) {
 }
 
 void run_embedding(const Request& r) {
+  static_assert(sizeof(IdFaults) == 6 * sizeof(int64_t), "the test gives as much");
+  auto* faults = r.t<IdFaults>("faults");
   embedding_cuda(
       {
           .dtype = r.dtype("dtype"),
@@ -84,7 +86,7 @@ void run_embedding(const Request& r) {
           .position_table = r.t("position_table"),
           .out = r.t("out"),
       },
-      {r.i("table_stride"), r.i("num_embeddings"), r.i("num_positions"), r.i("num_token_types")}, r.i("tokens"),
+      {r.i("table_stride"), r.i("num_embeddings"), r.i("num_positions"), r.i("num_token_types"), faults}, r.i("tokens"),
       r.stream());
 }
 

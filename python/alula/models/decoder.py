@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alula.cache import KVCache
 from alula.config import PretrainedConfig
+from alula.devices import raise_id_fault
 from alula.models.base import PreTrainedModel
 from alula.models.blocks import BlockObserver, BlockShape, BlockStack, attention_probabilities, embedding_op, run_blocks
 from alula.models.cross_attention import CrossAttention, make_cross_key_values
@@ -234,6 +235,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
                 cache, batch, tokens, encoder_hidden_states, encoder_attention_mask
             )
 
+        raise_id_fault(self.device)  # of an earlier call
         try:
             if inputs_embeds is None:
                 x = embedding_op(
@@ -316,6 +318,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
             if isinstance(error, RuntimeError) and out_of_range(position_ids, limit):
                 raise self._position_error(position_ids) from None
             raise
+        raise_id_fault(x.device)
         return DecoderRun(
             x,
             cache if keep else None,

@@ -138,6 +138,7 @@ inline unsigned atomicInc(unsigned* to, unsigned last) {
 }
 
 inline void __threadfence() {}
+inline void __threadfence_system() {}
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
