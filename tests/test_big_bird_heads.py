@@ -133,6 +133,24 @@ def test_left_padding_with_positions_is_the_row_alone() -> None:
         assert worst(ours[1], model(ids[1:, 9:], return_dict=False)[-1][0]) <= 1e-5
 
 
+@pytest.mark.parametrize("cls", CLASSES[1:])
+def test_own_plans(cls: str) -> None:
+    """The model's own pattern given as a plan changes no bit; another one does; one of another length is refused."""
+    reference = hf_model(1, cls, block_size=16, num_random_blocks=1, num_hidden_layers=2)
+    model = alula_model(reference)
+    tokens = switch(model.config) + 5
+    ids = random_ids(model, 2, tokens)
+    ids = ids.unsqueeze(1) if cls.endswith("MultipleChoice") else ids
+    expected = model(ids, output_attentions=True)
+    given = model(ids, block_plan=alula.BlockPlan.evaluation(tokens, 16, 1), output_attentions=True)
+    assert torch.equal(given[0], expected[0])
+    narrow = model(ids, block_plan=alula.BlockPlan.pattern(tokens, 16, global_blocks=()), output_attentions=True)
+    assert not narrow.attentions[1][..., 0, 40:].any()
+    assert not torch.equal(narrow[0], expected[0])
+    with pytest.raises(ValueError, match=f"block_plan has .* blocks of 16; the input {tokens} tokens"):
+        model(ids, block_plan=alula.BlockPlan.evaluation(tokens + 16, 16, 1))
+
+
 def test_bad_labels_and_choices() -> None:
     config = alula.BigBirdConfig(**random_values(0))
     ids = torch.ones(2, 5, dtype=torch.int64)

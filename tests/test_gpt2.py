@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from alula.config import GPT2Config
+from alula.ops import ACTIVATIONS
 from decoder_cases import TOLERANCE, alula_model, hf_model, padding_mask, random_ids, random_values, worst
 
 CLASSES = (
@@ -48,6 +49,14 @@ def test_reordering_and_upcasting_change_nothing() -> None:
     other = alula_model(hf_model(6, "GPT2LMHeadModel", reorder_and_upcast_attn=True))
     ids = random_ids(model, 2, 14)
     assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("name", sorted({*ACTIVATIONS} & {*transformers.activations.ACT2FN}))
+def test_activations_by_the_names_of_transformers(name: str) -> None:
+    reference = hf_model(8, "GPT2LMHeadModel", activation_function=name, n_embd=48, n_head=3)
+    model = alula_model(reference)
+    ids = random_ids(model, 2, 9)
+    assert worst(model(ids).logits, reference(ids).logits) <= TOLERANCE
 
 
 # --- double heads ----------------------------------------------------------------------------------------------------

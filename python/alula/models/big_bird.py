@@ -33,7 +33,9 @@ from alula.models.layers import VERSION, Linear
 from alula.ops import ACTIVATIONS
 from alula.outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-__all__ = ["BigBirdModel", "BigBirdWithHead"]
+__all__ = ["BigBirdModel", "BigBirdWithHead", "BlockPlans"]
+
+BlockPlans = BlockPlan | Sequence[BlockPlan] | None  # one for all layers, one for each, or the model's own
 
 
 class _Bound:
@@ -139,7 +141,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
         head_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        block_plan: BlockPlan | Sequence[BlockPlan] | None = None,
+        block_plan: BlockPlans = None,
     ) -> BigBirdRun:
         """One pass through all blocks. Raises ValueError for inputs that do not fit, before the cache changes; should
         anything fail later, the cache is put back to where it was."""
@@ -339,7 +341,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
         attend = FullAttention(self._shape, visible, alone, lengths, cache.real_columns(), mask, head_masks, causal)
         return attend, positions
 
-    def _plans(self, tokens: int, given: BlockPlan | Sequence[BlockPlan] | None) -> Sequence[BlockPlan]:
+    def _plans(self, tokens: int, given: BlockPlans) -> Sequence[BlockPlan]:
         """The plan of every block."""
         if given is None:
             return default_plans(self.config, tokens, is_training=self.training)
@@ -374,7 +376,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        block_plan: BlockPlan | Sequence[BlockPlan] | None = None,
+        block_plan: BlockPlans = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
         """One pass.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alula.config import BigBirdConfig
-from alula.models.big_bird import BigBirdWithHead
+from alula.models.big_bird import BigBirdWithHead, BlockPlans
 from alula.models.big_bird_blocks import BigBirdIntermediate, BigBirdOutput, layer_norm_op, stored
 from alula.models.blocks import product
 from alula.models.heads import choice_loss, sequence_classification_loss, span_loss, token_classification_loss
@@ -73,6 +73,7 @@ class BigBirdForSequenceClassification(BigBirdWithHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        block_plan: BlockPlans = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """As :meth:`BigBirdModel.forward`, with logits [B, num_labels]. ``labels``: what ``config.problem_type`` asks
         for, see :func:`alula.models.heads.sequence_classification_loss`."""
@@ -85,6 +86,7 @@ class BigBirdForSequenceClassification(BigBirdWithHead):
             head_mask=head_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            block_plan=block_plan,
         )
         logits = self.classifier(run.first_tokens())
         loss = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
@@ -116,6 +118,7 @@ class BigBirdForMultipleChoice(BigBirdWithHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        block_plan: BlockPlans = None,
     ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
         """Inputs have a dimension of choices: ids, masks, types and positions [B, C, T], embeddings [B, C, T, E].
         Logits are [B, C]; ``labels``: int64 [B], the right choice."""
@@ -140,6 +143,7 @@ class BigBirdForMultipleChoice(BigBirdWithHead):
             head_mask=head_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            block_plan=block_plan,
         )
         logits = self.classifier(self.bert.pool(run)).view(given.shape[:2])
         loss = None if labels is None else choice_loss(logits, labels)
@@ -172,6 +176,7 @@ class BigBirdForTokenClassification(BigBirdWithHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        block_plan: BlockPlans = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """As :meth:`BigBirdModel.forward`, with logits [B, T, num_labels]. ``labels``: int64 [B, T], -100: none."""
         run = self.bert.run(
@@ -183,6 +188,7 @@ class BigBirdForTokenClassification(BigBirdWithHead):
             head_mask=head_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            block_plan=block_plan,
         )
         logits = self.classifier(run.hidden)
         loss = None if labels is None else token_classification_loss(logits, labels)
@@ -244,6 +250,7 @@ class BigBirdForQuestionAnswering(BigBirdWithHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        block_plan: BlockPlans = None,
     ) -> BigBirdForQuestionAnsweringModelOutput | tuple[Any, ...]:
         """As :meth:`BigBirdModel.forward`, with start_logits and end_logits [B, T].
 
@@ -274,6 +281,7 @@ class BigBirdForQuestionAnswering(BigBirdWithHead):
             head_mask=head_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            block_plan=block_plan,
         )
         logits = self.qa_classifier(run.hidden)
         if is_question is not None:

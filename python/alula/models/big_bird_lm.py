@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from alula.cache import KVCache
 from alula.config import BigBirdConfig
 from alula.generation import GenerationMixin
-from alula.models.big_bird import BigBirdWithHead
+from alula.models.big_bird import BigBirdWithHead, BlockPlans
 from alula.models.big_bird_blocks import layer_norm_op
 from alula.models.blocks import product
 from alula.models.heads import LMHead, causal_lm_loss, choice_loss, select_positions, token_classification_loss
@@ -153,6 +153,7 @@ class BigBirdForMaskedLM(BigBirdLanguageModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        block_plan: BlockPlans = None,
         logits_to_keep: int | Tensor = 0,
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """As :meth:`BigBirdModel.forward`, with logits [B, T, V].
@@ -176,6 +177,7 @@ class BigBirdForMaskedLM(BigBirdLanguageModel):
             head_mask,
             output_attentions,
             output_hidden_states,
+            block_plan,
         )
         logits = self.cls.predictions(select_positions(run.hidden, logits_to_keep))
         loss = None if labels is None else token_classification_loss(logits, labels)
@@ -205,6 +207,7 @@ class BigBirdForPreTraining(BigBirdLanguageModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        block_plan: BlockPlans = None,
     ) -> BigBirdForPreTrainingOutput | tuple[Any, ...]:
         """As :meth:`BigBirdModel.forward`, with prediction_logits [B, T, V] and seq_relationship_logits [B, 2].
 
@@ -220,6 +223,7 @@ class BigBirdForPreTraining(BigBirdLanguageModel):
             head_mask=head_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            block_plan=block_plan,
         )
         logits, pairs = self.cls.predictions(run.hidden), self.cls.seq_relationship(self.bert.pool(run))
         loss = None if labels is None else token_classification_loss(logits, labels)
@@ -273,6 +277,7 @@ class BigBirdForCausalLM(GenerationMixin, BigBirdLanguageModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        block_plan: BlockPlans = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
@@ -297,6 +302,7 @@ class BigBirdForCausalLM(GenerationMixin, BigBirdLanguageModel):
             head_mask,
             output_attentions,
             output_hidden_states,
+            block_plan,
         )
         logits = self.cls.predictions(select_positions(run.hidden, logits_to_keep))
         loss = None

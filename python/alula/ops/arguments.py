@@ -7,7 +7,7 @@ from torch import Tensor
 from alula.packed_weight import PackedWeight
 
 # Hugging Face's activation names and the code the kernels know them by (csrc/cpu/activation.h).
-# gelu_new, gelu_fast and gelu_pytorch_tanh are the same function up to rounding.
+# gelu_new, gelu_fast, gelu_accurate and those with tanh in their names are the same function up to rounding.
 ACTIVATIONS: dict[str, int] = {
     "none": 0,
     "linear": 0,
@@ -15,6 +15,8 @@ ACTIVATIONS: dict[str, int] = {
     "gelu_new": 1,
     "gelu_fast": 1,
     "gelu_tanh": 1,
+    "gelu_python_tanh": 1,
+    "gelu_accurate": 1,
     "gelu": 2,
     "gelu_python": 2,
     "relu": 3,

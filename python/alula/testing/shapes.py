@@ -69,6 +69,8 @@ LINEAR_REAL = [
     Linear(2, 49280, 256),
     Linear(1, 50257, 768),
     Linear(13, 51200, 64),
+    Linear(2, 50257, 160),
+    Linear(1, 51200, 1024),
     Linear(1, 1024, 5120),
 ]
 
@@ -106,6 +108,8 @@ ATTENTION_REAL = [
     Attention(1, 2, 130, 16, 16, 256),
     Attention(1, 1, 300, 20, 20, 64),
     Attention(1, 17, 40, 24, 24, 256),
+    Attention(1, 9, 60, 16, 16, 64),
+    Attention(1, 5, 90, 12, 12, 128),
 ]
 
 QKV = [  # (heads, kv heads, head_dim, width)
@@ -117,7 +121,17 @@ QKV = [  # (heads, kv heads, head_dim, width)
     (12, 1, 64, 768),
 ]
 
-QKV_REAL = [(16, 1, 128, 2048), (12, 12, 64, 768), (25, 25, 64, 1600), (32, 8, 80, 512), (48, 1, 128, 256)]
+QKV_REAL = [
+    (16, 1, 128, 2048),
+    (12, 12, 64, 768),
+    (25, 25, 64, 1600),
+    (32, 8, 80, 512),
+    (48, 1, 128, 256),
+    *(
+        (heads, heads, head_dim, width)
+        for heads, head_dim, width in ((16, 64, 1024), (20, 64, 1280), (32, 80, 640), (16, 256, 512), (24, 256, 384))
+    ),
+]
 
 SOFTMAX = [
     Softmax(1, 1, 1, 1),
