@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,17 +96,6 @@ def test_generate_compiles_its_steps(cls: str) -> None:
     assert torch.equal(found, models.plain.generate(ids, **arguments))
     assert len(graphs.ops) == 1
     graphs.prove()
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's default backend needs a C++ compiler")
-@pytest.mark.parametrize("cls", LANGUAGE_MODELS[:2])
-def test_default_backend(cls: str) -> None:
-    """What a user writes: ``torch.compile(model, fullgraph=True)``."""
-    models = pair(2, cls)
-    compiled = torch.compile(models.fast, fullgraph=True)
-    ids = random_ids(models.plain, 2, 7)
-    mask = left_padded(ids)
-    close(compiled(ids, attention_mask=mask).logits, models.plain(ids, attention_mask=mask).logits, mask)
 
 
 def test_follows_loaded_weights() -> None:

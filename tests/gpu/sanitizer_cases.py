@@ -1,7 +1,7 @@
 """Each CUDA kernel once on a small shape, for compute-sanitizer: tests/gpu/prove.py runs this under it."""
 
 import torch
-from alula import ops
+from alula import BlockPlan, ops
 
 
 def main() -> None:
@@ -36,6 +36,14 @@ def main() -> None:
             ops.attention(rand(2, tokens, head_count, 24), cache, where, lengths)
         wide = rand(1, 1, 70, 512)
         ops.attention(rand(1, 2, 3, 256), wide, positions[:1, :2], lengths[1:])
+        for size, head_dim in ((16, 24), (32, 72), (64, 64), (64, 136), (128, 64)):
+            lists = [list(range(10)) * 2] + [[block] for block in range(1, 10)]
+            plan = BlockPlan.from_lists(lists, size, is_causal=size == 32)
+            q, k, v = rand(2, 10 * size - 3, 3, head_dim), *rand(2, 1, 10 * size, 2 * head_dim).split(head_dim, dim=-1)
+            lengths_of = torch.tensor([10 * size - 3, size], dtype=torch.int32, device="cuda")
+            ops.block_sparse_attention(
+                q, k, v, plan, lengths=lengths_of, mask=torch.rand(q.shape[:2], device="cuda") < 0.9
+            )
     torch.cuda.synchronize()
     print("every kernel has run")
 
