@@ -233,6 +233,13 @@ def test_masks_of_three_and_four_dimensions(lm: str, seed: int) -> None:
     visible |= torch.eye(tokens, dtype=torch.bool)
     additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     theirs = reference(ids, attention_mask=additive, output_attentions=True)
+    rows = torch.rand(2, 1, 1, tokens, generator=generator) < 0.6  # one row of a mask stands for all
+    rows[..., 0] = True
+    row_bias = torch.zeros(rows.shape).masked_fill(~rows, torch.finfo(torch.float32).min)
+    for mask in (row_bias, rows, rows[:, 0]):
+        assert (
+            worst(model(ids, attention_mask=mask).logits, reference(ids, attention_mask=row_bias).logits) <= TOLERANCE
+        )
     for mask in (additive, visible, visible[:, 0], additive[:, 0], visible.expand(2, heads, tokens, tokens)):
         ours = model(ids, attention_mask=mask, output_attentions=True)
         assert worst(ours.logits, theirs.logits) <= TOLERANCE
@@ -282,7 +289,17 @@ def test_logits_to_keep(lm: str) -> None:
     ids = random_ids(model, 3, 12)
     whole = model(ids).logits
     flags = torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) < 0.4
-    for keep in (1, 5, 12, 40, torch.tensor([0, 3, 11]), torch.tensor([-1]), torch.tensor([[1], [4], [7]]), flags):
+    for keep in (
+        1,
+        5,
+        12,
+        40,
+        [0, -1],
+        torch.tensor([0, 3, 11]),
+        torch.tensor([-1]),
+        torch.tensor([[1], [4], [7]]),
+        flags,
+    ):
         theirs = reference(ids, logits_to_keep=keep).logits
         ours = model(ids, logits_to_keep=keep).logits
         assert worst(ours, theirs) <= TOLERANCE

@@ -384,7 +384,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
             input_ids: int64 [B, T], or ``inputs_embeds`` [B, T, E] in the model's dtype in their place. At most
                 ``max_position_embeddings`` tokens; any number, not only multiples of the block size.
             attention_mask: [B, T] (with a cache also [B, past + T]), nonzero = token, 0 = padding (left, right or
-                holes); with full attention also [B, T, S] or [B or 1, H or 1, T, S], bool (True = visible) or
+                holes); with full attention also [B, T|1, S] or [B|1, H|1, T|1, S], bool (True = visible) or
                 floating point (added).
             token_type_ids: int64 [B, T], default zeros. position_ids: int64 [B, T] or [1, T]; default: the column,
                 with no correction for padding, as in transformers. Where the mask pads on the left and they count from

@@ -154,7 +154,7 @@ class GPTModel(DecoderModel):
             input_ids: int64 [B, T], or ``inputs_embeds`` [B, T, E] in the model's dtype in their place.
             past_key_values: the cache of earlier passes; it is extended in place and returned.
             attention_mask: [B, T] or [B, past + T], nonzero = token, 0 = padding (left, right or holes); or
-                [B, T, S] / [B or 1, H or 1, T, S], bool (True = visible) or floating point (added), which stands for
+                [B, T|1, S] / [B|1, H|1, T|1, S], bool (True = visible) or floating point (added), which stands for
                 the causal limit too. A padding token stores nothing and, unless it comes alone, sees the tokens
                 before it; where a query sees no key its attention is zeros.
             token_type_ids: int64 [B, T], embedded with ``wte`` and added.

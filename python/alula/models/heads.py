@@ -5,6 +5,8 @@ Alphabet: B batch, T tokens, E model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,17 +87,20 @@ def normed_linear(x: Tensor, norm: tuple[Tensor, Tensor, float], layer: Linear) 
     return product(x, layer.stored("weight"), layer.stored_bias(), *norm)
 
 
-def select_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
+def select_positions(hidden: Tensor, keep: int | Sequence[int] | Tensor) -> Tensor:
     """The positions of [B, T, E] that logits are asked for.
 
-    keep: 0 all; n > 0 the last n; an int64 tensor [n] those columns of every row, [B, n] those of each row; a bool
-    tensor [B, T] the true ones, flattened to [n, E].
+    keep: 0 all; n > 0 the last n; an int64 tensor [n] (or a list) those columns of every row, [B, n] those of each row;
+    a bool tensor [B, T] the true ones, flattened to [n, E].
     """
     if isinstance(keep, int):
         if keep < 0:
             raise ValueError(f"logits_to_keep={keep}; accepted: 0 (all), a positive count, or a tensor of positions")
         return hidden[:, -keep:] if keep and keep < hidden.shape[1] else hidden
     batch, tokens = hidden.shape[:2]
+    if isinstance(keep, (list, tuple)) and all(isinstance(place, int) for place in keep):
+        keep = torch.tensor(keep, dtype=torch.int64)
+    require_tensors(logits_to_keep=keep)
     if keep.dtype == torch.bool:
         if list(keep.shape) != [batch, tokens]:
             raise ValueError(f"logits_to_keep of dtype bool has shape {list(keep.shape)}; accepted: {[batch, tokens]}")

@@ -104,7 +104,7 @@ class InputChecks:
         return self._check_ids(name, ids)
 
     def _full_mask(self, mask: Tensor, batch: int, tokens: int, columns: int, cache: KVCache) -> Tensor:
-        """A mask [B, T, S] or [B or 1, H or 1, T, S] as the attention takes it. It stands alone: no causal limit is
+        """A mask [B, T|1, S] or [B|1, H|1, T|1, S] as the attention takes it. It stands alone: no causal limit is
         added to it, so that trees and prefixes can be expressed."""
         also = "" if tokens == columns else f"[{batch}, {tokens}] or "
         full = self._shaped_mask("attention_mask", mask, batch, tokens, columns, also)
@@ -116,16 +116,18 @@ class InputChecks:
         full = mask.unsqueeze(1) if mask.dim() == 3 else mask
         heads = self._shape.num_heads
         fits = full.dim() == 4 and full.shape[0] in (1, batch) and full.shape[1] in (1, heads)
-        if not fits or list(full.shape[2:]) != [tokens, columns]:
+        if not fits or full.shape[2] not in (1, tokens) or full.shape[3] != columns:
+            rows = f"{tokens}|1" if tokens > 1 else "1"
             raise ValueError(
                 f"{name} has shape {list(mask.shape)}; accepted: {also}[{batch}, {columns}] (1 = token, 0 = padding), "
-                f"[{batch}, {tokens}, {columns}], [{batch}|1, {heads}|1, {tokens}, {columns}]"
+                f"[{batch}, {rows}, {columns}], [{batch}|1, {heads}|1, {rows}, {columns}]"
             )
         if full.dtype != torch.bool and not full.dtype.is_floating_point:
             raise ValueError(
                 f"{name} of {mask.dim()} dimensions has dtype {mask.dtype}; accepted: bool (True = visible) or "
                 "floating point (added to the scores)"
             )
+        full = full.expand(-1, -1, tokens, -1)  # one row for all queries, as code for encoders makes it
         return full.float() if full.dtype == torch.float64 else full
 
     def _head_masks(self, head_mask: Tensor) -> Sequence[Tensor]:
