@@ -3,12 +3,15 @@
 Tests, compute-sanitizer with a planted fault as a control, the benchmark; one file of results in bench/results. Each
 step has a limit; one that fails does not keep the others from running. The exit status is 1 where any failed.
 
-    prove.py [--seconds N] [--out FILE]
+    prove.py [--seconds N] [--out FILE] [--dry-run]
+
+`--dry-run` goes through the same steps on a CPU (what needs a GPU is skipped, sizes are tiny), to test this very file.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -75,49 +78,62 @@ def sanitize(proof: Proof) -> None:
             done = subprocess.run([tool, *flags, planted, argument], capture_output=True, text=True, timeout=60)
             found = done.returncode == 7 and re.search(r"Invalid __global__ write|[Rr]ace", done.stdout) is not None
             proof.note(f"{kind} finds its planted fault", found, "" if found else done.stdout[-500:])
-            proof.run(f"{kind} over every kernel", [tool, *flags, sys.executable, str(CASES)], 100)
+            proof.run(f"{kind} over every kernel", [tool, *flags, sys.executable, str(CASES)], 80)
 
 
-def facts() -> dict[str, Any]:
+def facts(is_dry: bool) -> dict[str, Any]:
     import torch
     from alula import _C
 
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    capability = "0.0" if is_dry else ".".join(map(str, torch.cuda.get_device_capability()))
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": "No GPU (dry run)" if is_dry else torch.cuda.get_device_name(),
+        "num_gpus": torch.cuda.device_count(),
         "compute_capability": capability,
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "python": sys.version.split()[0],
         "alula": dict(_C.build_info()),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=420.0, help="for all steps together (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=450.0, help="for all steps together (default %(default)s)")
     parser.add_argument("--out", type=Path, help="of the results (default: bench/results/<gpu>-<date>.json)")
-    args = parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="the steps on a CPU, at tiny sizes; measures nothing")
+    args = parser.parse_args(argv)
     import torch
 
-    if not torch.cuda.is_available():
+    if not args.dry_run and not torch.cuda.is_available():
         print("make gpu needs a CUDA device; torch finds none")
         return 2
-    about = facts()
+    about = facts(args.dry_run)
     print(json.dumps(about, indent=1))
     proof = Proof(args.seconds)
     ok, output = proof.run(
-        "tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"], 200
+        "tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"], 180
     )
     counted = re.findall(r"(\d+) (passed|failed|skipped|error)", output)
     about["tests"] = {what: int(number) for number, what in counted}
-    sanitize(proof)
+    if not args.dry_run:
+        sanitize(proof)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.json"
         # bench/ is alula.bench once installed; here it may be just a folder beside python/.
         start = f"import sys, alula; alula.__path__.append({str(ROOT)!r}); from alula.bench.run import main"
-        code = f"{start}; sys.exit(main(['cuda', '--json', {str(file)!r}]))"
-        proof.run("benchmark", [sys.executable, "-c", code], 150)
+        left = proof.end - time.monotonic()
+        options = ["cuda", "--json", str(file), "--seconds", str(max(left - 60, 10))]  # a case may take that long
+        if args.dry_run:
+            options += ["--device", "cpu", "--quick", "--rounds", "1"]
+        proof.run("benchmark", [sys.executable, "-c", f"{start}; sys.exit(main({options!r}))"], left)
         about["bench"] = json.loads(file.read_text()) if file.exists() else None
     about["steps"] = proof.steps
     name = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")

@@ -13,23 +13,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from alula import BlockPlan, ops
 from torch import Tensor
+
+from .timing import Bench, Case
 
 HEADS, DIM, BLOCK, RANDOM_BLOCKS = 12, 64, 64, 8  # of BigBird base
 
-SHAPES = ((1, 4096, 0), (1, 4096, RANDOM_BLOCKS), (8, 4096, 0), (1, 16384, 0))  # batch, tokens, random blocks
+SHAPES = [(1, 4096, 0), (1, 4096, RANDOM_BLOCKS), (8, 4096, 0), (1, 16384, 0)]  # batch, tokens, random blocks
 
 
-def contestants(batch: int, tokens: int, num_random: int) -> tuple[dict[str, Callable[[int], Any]], int, float]:
-    """What is run in turn (with the number of a copy of the operands), how many copies there are, and the operations
-    that the blocks take."""
-    from alula import BlockPlan, ops
+def cases(bench: Bench) -> list[Case]:
+    """T tokens, bf16; a case for each of SHAPES."""
+    return [_case(bench, *shape) for shape in bench.choose(SHAPES, [(1, 512, 0)])]
 
+
+def _case(bench: Bench, batch: int, tokens: int, num_random: int) -> Case:
     plan = BlockPlan.pattern(tokens, BLOCK, num_random_blocks=num_random, num_heads=HEADS if num_random else 1)
     pairs = len(plan.entries) * HEADS // plan.num_heads * BLOCK * BLOCK
     copies = 2
-    queries = [torch.randn(batch, tokens, HEADS, DIM, device="cuda").bfloat16() for _ in range(copies)]
-    caches = [torch.randn(batch, HEADS, tokens, 2 * DIM, device="cuda").bfloat16() for _ in range(copies)]
+    queries = [bench.rand(batch, tokens, HEADS, DIM) for _ in range(copies)]
+    caches = [bench.rand(batch, HEADS, tokens, 2 * DIM) for _ in range(copies)]
     # As a caller of the peers has them: apart, heads first.
     apart = [
         (q.transpose(1, 2).contiguous(), *(part.contiguous() for part in kv.split(DIM, dim=-1)))
@@ -41,20 +45,23 @@ def contestants(batch: int, tokens: int, num_random: int) -> tuple[dict[str, Cal
         return ops.block_sparse_attention(queries[i], k, v, plan)
 
     def flex(i: int) -> Tensor:
-        call, mask = _compiled(plan)
+        call, mask = _compiled(bench, plan)
         return call(*apart[i], block_mask=mask).transpose(1, 2).flatten(2)
 
     def dense(i: int) -> Tensor:
         return F.scaled_dot_product_attention(*apart[i]).transpose(1, 2).flatten(2)
 
-    return {"alula": alula, "torch flex": flex, "torch dense sdpa": dense}, copies, 4.0 * batch * pairs * DIM
+    blocks = f"5 + {num_random}" if num_random else "5"
+    name = f"block_sparse_attention {blocks} blocks B{batch} H{HEADS} D{DIM} T{tokens} bf16"
+    contestants = {"alula": alula, "torch flex": flex, "torch dense sdpa": dense}
+    return Case(name, contestants, copies, flops=4.0 * batch * pairs * DIM)
 
 
 @functools.cache
-def _compiled(plan: Any) -> tuple[Callable[..., Tensor], Any]:
+def _compiled(bench: Bench, plan: Any) -> tuple[Callable[..., Tensor], Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    listed = torch.from_numpy(plan.block_counts() > 0).cuda()
+    listed = torch.from_numpy(plan.block_counts() > 0).to(bench.device)
     is_shared, last, tokens = plan.num_heads == 1, plan.num_blocks - 1, plan.num_blocks * BLOCK
 
     def is_near_or_global(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -71,7 +78,7 @@ def _compiled(plan: Any) -> tuple[Callable[..., Tensor], Any]:
         None if is_shared else HEADS,
         tokens,
         tokens,
-        device="cuda",
+        device=bench.device.type,
         BLOCK_SIZE=BLOCK,
     )
-    return torch.compile(flex_attention, dynamic=False), mask
+    return bench.compiled(flex_attention, dynamic=False), mask

@@ -1,0 +1,191 @@
+"""Whole models on a GPU, bf16, random weights: alula's generation in turn with transformers (eager, sdpa, and compiled
+with a static cache and CUDA graphs).
+
+A step of transformers is its forward and an argmax that stays on the device (its own `generate` does more), of alula a
+step of `generate`. Every contestant makes the same number of tokens between two looks at the clock; the time of a step
+is the difference of a long and a short run, so that the prompt and what happens once drop out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from alula.bench import presets
+from torch import Tensor
+
+from .timing import Bench
+
+SHORT, LONG, ROUNDS = 8, 72, 3
+QUICK_SHORT, QUICK_LONG = 2, 4
+TOLERANCE = 3e-2  # of the largest logit, between alula and transformers' eager model, both bf16
+
+Generate = Callable[[Tensor, int], Any]  # of ids [B, T]: makes that many tokens, greedy
+
+
+def shapes(bench: Bench) -> list[tuple[str, dict[str, Any], int, int]]:
+    """(name, configuration, rows, prompt tokens)."""
+    if bench.quick:
+        tiny = presets.gpt_bigcode(2, 32, 4, 64, 90)
+        return [("tiny", tiny, 1, 5), ("tiny", tiny, 3, 9)]
+    gpt2, santacoder = presets.PRESETS["gpt2"], presets.PRESETS["santacoder"]
+    return [("santacoder", santacoder, 1, 128), ("santacoder", santacoder, 8, 128), ("gpt2", gpt2, 1, 128)]
+
+
+def run(bench: Bench, only: str, limits: dict[str, float], end: float) -> list[dict[str, Any]]:
+    """A row for each shape; contestants that cannot be had are named with the reason."""
+    rows: list[dict[str, Any]] = []
+    made: tuple[str, dict[str, Any]] | None = None
+    for name, config, batch, tokens in shapes(bench):
+        title = f"{name} B{batch} T{tokens} bf16"
+        if only not in title or time.monotonic() > end:
+            continue
+        try:
+            if made is None or made[0] != name:
+                made = None  # its memory first
+                bench.forget()
+                made = (name, _contestants(bench, config))
+            rows.append(_measure(bench, title, made[1], config, batch, tokens, limits, end))
+        except RuntimeError as error:
+            rows.append({"model": title, "wrong": str(error)[:500]})
+        print(_line(rows[-1]), flush=True)
+    return rows
+
+
+def _contestants(bench: Bench, config: dict[str, Any]) -> dict[str, Any]:
+    """alula's model and transformers', of the same weights; `missing`: why there is none."""
+    import alula
+
+    cls = getattr(alula, config["architectures"][0])
+    try:
+        import transformers
+    except ImportError as error:
+        ours = cls(cls.config_class(**config), dtype=torch.bfloat16).to(bench.device)
+        return {"alula": ours, "missing": str(error)}
+    torch.manual_seed(0)
+    hf_config = transformers.AutoConfig.for_model(**config)
+    with torch.device(bench.device):
+        eager = transformers.AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+    eager.eval()
+    ours = cls(cls.config_class(**config), dtype=torch.bfloat16, init_weights=False)
+    ours.load_state_dict({name: value.cpu() for name, value in eager.state_dict().items()})
+    return {"alula": ours.to(bench.device), "hf": eager}
+
+
+def _measure(
+    bench: Bench,
+    title: str,
+    made: dict[str, Any],
+    config: dict[str, Any],
+    batch: int,
+    tokens: int,
+    limits: dict[str, float],
+    end: float,
+) -> dict[str, Any]:
+    ours = made["alula"]
+    ids = torch.randint(4, config["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(batch))
+    given = ids.to(bench.device)
+    row: dict[str, Any] = {"model": title, "wrong": "", "missing": {}, "ms": {}, "spread_ms": {}, "prefill_ms": {}}
+    short, long = (QUICK_SHORT, QUICK_LONG) if bench.quick else (SHORT, LONG)
+    contestants: dict[str, Generate] = {"alula": _alula(ours)}
+    if "hf" in made:
+        with torch.inference_mode():
+            theirs = made["hf"](given, logits_to_keep=1).logits.float()
+            error = (ours(given, logits_to_keep=1).logits.float() - theirs).abs().max() / theirs.abs().max()
+        if not error <= TOLERANCE:
+            return {**row, "wrong": f"logits differ by {float(error):.2g} of the largest"}
+        row["logits differ by"] = float(error)
+        contestants["hf eager"] = _hf(made["hf"], "eager")
+        contestants["hf sdpa"] = _hf(made["hf"], "sdpa")
+        contestants["hf compiled"] = _hf_compiled(bench, made["hf"], tokens + long)
+    else:
+        row["missing"]["transformers"] = made["missing"]
+    times: dict[str, list[float]] = {}
+    for turn in range(ROUNDS + 1):
+        for name, generate in list(contestants.items()):
+            if time.monotonic() > end and name != "alula":
+                row["missing"].setdefault(name, "no time was left")
+                continue
+            try:
+                took = [_seconds(bench, generate, given, count) for count in (1, short, long)]
+            except Exception as error:  # a peer that this version of it cannot run
+                if name == "alula":
+                    raise
+                row["missing"][name] = f"{type(error).__name__}: {error}"[:300]
+                del contestants[name]
+                continue
+            if turn:
+                times.setdefault(name, []).append((took[2] - took[1]) / (long - short) * 1e3)
+                row["prefill_ms"].setdefault(name, []).append(took[0] * 1e3)
+    row["ms"] = {name: statistics.median(values) for name, values in times.items()}
+    row["spread_ms"] = {name: [min(values), max(values)] for name, values in times.items()}
+    row["prefill_ms"] = {name: statistics.median(values) for name, values in row["prefill_ms"].items()}
+    if row["ms"].get("alula", 0) > 0:
+        row["GB/s"] = ours.decode_bytes() / row["ms"]["alula"] / 1e6
+        row["of the copy"] = row["GB/s"] / limits["copy GB/s"]
+    return row
+
+
+def _seconds(bench: Bench, generate: Generate, ids: Tensor, count: int) -> float:
+    bench.synchronize()
+    start = time.perf_counter()
+    generate(ids, count)
+    bench.synchronize()
+    return time.perf_counter() - start
+
+
+def _alula(model: Any) -> Generate:
+    return lambda ids, count: model.generate(
+        ids, max_new_tokens=count, do_sample=False, eos_token_id=[], pad_token_id=0
+    )
+
+
+def _hf(model: Any, attention: str) -> Generate:
+    @torch.inference_mode()
+    def generate(ids: Tensor, count: int) -> Tensor:
+        model.set_attn_implementation(attention)
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        for _ in range(count - 1):
+            newest = out.logits[:, -1:].argmax(-1)
+            out = model(newest, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1)
+
+    return generate
+
+
+def _hf_compiled(bench: Bench, model: Any, max_tokens: int) -> Generate:
+    """The prompt goes through the model as it is, the steps through one compiled graph over a static cache."""
+    from transformers import StaticCache
+
+    step = bench.compiled(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    cache = StaticCache(config=model.config, max_cache_len=max_tokens)
+
+    @torch.no_grad()
+    def generate(ids: Tensor, count: int) -> Tensor:
+        model.set_attn_implementation("sdpa")
+        cache.reset()
+        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        newest = out.logits[:, -1:].argmax(-1)
+        for i in range(count - 1):
+            if bench.is_gpu:
+                torch.compiler.cudagraph_mark_step_begin()
+            position = torch.full((1, 1), ids.shape[1] + i, device=ids.device)
+            out = step(newest, past_key_values=cache, position_ids=position, use_cache=True, logits_to_keep=1)
+            newest = out.logits[:, -1:].argmax(-1).clone()
+        return newest
+
+    return generate
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["wrong"]:
+        return f"{row['model']:<32} WRONG: {row['wrong']}"
+    times = "  ".join(f"{name} {value:.3f} ms" for name, value in row["ms"].items())
+    share = f"  {row['of the copy']:.0%} of the copy" if "of the copy" in row else ""
+    missing = "".join(f"  ({name} missing: {why})" for name, why in row["missing"].items())
+    return f"{row['model']:<32} a step: {times}{share}{missing}"

@@ -1,0 +1,81 @@
+"""`alula bench cuda` and tests/gpu/prove.py on a CPU, at tiny sizes: that they work, not how fast anything is."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from alula.bench.cuda import models
+from alula.bench.cuda.timing import Bench, Case, line_of, measure
+from alula.bench.run import main
+from alula.bench.run_cuda import MAKERS
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = Bench(torch.device("cpu"), quick=True)
+LIMITS = {"copy GB/s": 10.0, "bf16 product TFLOP/s": 1.0}
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+def test_cases_are_right(make) -> None:
+    with torch.inference_mode():
+        for case in make(BENCH):
+            assert next(iter(case.contestants)) == "alula"
+            row = measure(BENCH, case, 1, LIMITS)
+            assert not row["wrong"]
+            assert set(row["us"]) == set(case.contestants)
+            assert case.name in line_of(row)
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    case = Case("wrong", {"alula": lambda _: torch.ones(3), "torch": lambda _: torch.zeros(3)}, 1, 1.0)
+    row = measure(BENCH, case, 1, LIMITS)
+    assert "differs by" in row["wrong"]
+    assert not row["us"]
+    assert "WRONG" in line_of(row)
+
+
+def test_the_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("transformers")
+    file = tmp_path / "out.json"
+    assert main(["cuda", "--device", "cpu", "--quick", "--rounds", "1", "--json", str(file)]) == 0
+    results = json.loads(file.read_text())
+    assert len(results["cases"]) == len(MAKERS)
+    assert [sorted(row["ms"]) for row in results["models"]] == [["alula", "hf compiled", "hf eager", "hf sdpa"]] * 2
+    assert "dry run" in capsys.readouterr().out
+    assert main(["cuda", "--device", "cpu"]) == 2
+
+
+def test_peers_that_fail_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+
+    def fail(ids, count):
+        raise TypeError("an argument that this version does not know")
+
+    monkeypatch.setattr(models, "_hf_compiled", lambda *args: fail)
+    row = models.run(BENCH, "tiny B1", LIMITS, float("inf"))[0]
+    assert "argument that this version" in row["missing"]["hf compiled"]
+    assert sorted(row["ms"]) == ["alula", "hf eager", "hf sdpa"]
+
+
+def test_the_whole_proof_as_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("prove", ROOT / "tests" / "gpu" / "prove.py")
+    prove = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prove)
+    commands = []
+
+    def note_command(self, name, command, limit):
+        commands.append((name, command))
+        return self.note(name, True), "12 passed, 3 skipped"
+
+    monkeypatch.setattr(prove.Proof, "run", note_command)
+    out = tmp_path / "result.json"
+    assert prove.main(["--dry-run", "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert results["gpu"] == "No GPU (dry run)"
+    assert results["tests"] == {"passed": 12, "skipped": 3}
+    assert [step["step"] for step in results["steps"]] == ["tests", "benchmark"]
+    compile(commands[1][1][-1], "benchmark", "exec")
+    if not torch.cuda.is_available():
+        assert prove.main([]) == 2
