@@ -28,11 +28,44 @@ def test_unpack_reads_the_bytes_as_the_reference_does(format, group_size, shape,
 @each_format
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_every_value_is_near_its_original(format, group_size, shape, scale) -> None:
+def test_every_code_is_the_nearest(format, group_size, shape, scale) -> None:
     weight = torch.randn(shape) * scale
     packed = ops.pack(weight, format, group_size)
-    error = (quantized.dequantize(packed) - weight.double()).abs()
-    assert (error <= quantized.weight_error_bound(weight, packed)).all()
+    _, scales, least = (t[: shape[0], : shape[1]] for t in quantized.codes_and_scales(packed))
+    found, best = quantized.dequantize(packed), quantized.nearest(weight, scales, least, format)
+    # Two codes as near as float32 can tell: the larger distance is larger by its rounding.
+    slack = 1e-5 * scales.abs() + 2.0**-22 * (weight.abs() + least.abs())
+    assert ((found - weight.double()).abs() <= (best - weight.double()).abs() + slack).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_int8_is_within_half_a_step(shape, scale) -> None:
+    weight = torch.randn(shape) * scale
+    step = weight.abs().amax(1, keepdim=True) / 127
+    error = (quantized.dequantize(ops.pack(weight, "int8")) - weight.double()).abs()
+    assert (error <= step * (0.5 + 1e-5)).all()
+
+
+@each_format
+@pytest.mark.parametrize("shape", [(32, 32), (33, 65), (3, 1031), (97, 257)], ids=str)
+def test_no_group_is_worse_than_with_the_scale_everything_fits_in(format, group_size, shape) -> None:
+    if format == "int8":
+        pytest.skip("a row of int8 has the scale that everything fits in")
+    weight = torch.randn(shape) * torch.rand(shape).exp()
+    packed = ops.pack(weight, format, group_size)
+
+    def group_errors(value: torch.Tensor) -> torch.Tensor:
+        off = (value - weight.double()).square()
+        return (
+            torch.nn.functional.pad(off, (0, -shape[1] % packed.group_size))
+            .unflatten(1, (-1, packed.group_size))
+            .sum(-1)
+        )
+
+    found, plain = (group_errors(v) for v in (quantized.dequantize(packed), quantized.full_range(weight, packed)))
+    assert (found <= plain * (1 + 1e-5)).all()
+    assert found.sum() < plain.sum()
 
 
 @pytest.mark.parametrize("format, most", [("int8", 0.01), ("int4", 0.11), ("int4_asymmetric", 0.11), ("nf4", 0.1)])

@@ -16,11 +16,10 @@
 #include "cpu/panel_gemm_parallel.h"
 #include "cpu/parallel.h"
 #include "cpu/weight_memory.h"
+#include "ops/quantize_group.h"
 
 namespace alula {
 namespace {
-
-constexpr float kMaxHalf = 65504.0f;
 
 // Any strides of the plain side, so that a transposed (Conv1D) checkpoint tensor is read from its view.
 struct PlainWeight {
@@ -42,59 +41,14 @@ struct PlainWeight {
   }
 };
 
-uint16_t half_bits(float x) { return torch::headeronly::Half(x).x; }
 float half_value(uint16_t bits) {
   return static_cast<float>(torch::headeronly::Half(bits, torch::headeronly::Half::from_bits()));
-}
-
-int nearest_nf4(float x) {
-  int code = 0;
-  while (code < 15 && x > (kNf4[code] + kNf4[code + 1]) * 0.5f) code++;
-  return code;
 }
 
 // To the nearest integer, ties to even, of x clamped to [low, high]; far below 2^22.
 float nearest_within(float x, float low, float high) {
   const float y = x < low ? low : x > high ? high : x;
   return (y + 0x1.8p23f) - 0x1.8p23f;
-}
-
-// One row's values of a group and what they become: codes (of all `group_size`, the first `count` are there), scale and
-// least value. False: the values do not fit the format.
-bool quantize_group(WeightKind kind, const float* w, int64_t count, int64_t group_size, uint8_t* codes, uint16_t* scale,
-                    uint16_t* least) {
-  float low = w[0], high = w[0];
-  for (int64_t i = 1; i < count; i++) {
-    low = w[i] < low ? w[i] : low;
-    high = w[i] > high ? w[i] : high;
-  }
-  *least = 0;
-  if (kind == WeightKind::kInt4) {
-    // The end of larger magnitude gets code 0, which is -8: all 16 codes serve.
-    *scale = half_bits((-low >= high ? low : high) / -8.0f);
-  } else if (kind == WeightKind::kInt4Asymmetric) {
-    *scale = half_bits((high - low) / 15.0f);
-    *least = half_bits(low);
-  } else {
-    *scale = half_bits(-low >= high ? -low : high);
-  }
-  const float s = half_value(*scale), zero = half_value(*least);
-  if (!(std::fabs(s) <= kMaxHalf) || !(std::fabs(zero) <= kMaxHalf)) return false;
-  const float inverse = s == 0.0f ? 0.0f : 1.0f / s;
-  for (int64_t i = 0; i < group_size; i++) {
-    const float x = i < count ? w[i] : 0.0f;
-    switch (kind) {
-      case WeightKind::kInt4:
-        codes[i] = static_cast<uint8_t>(nearest_within(x * inverse, -8.0f, 7.0f) + 8.0f);
-        break;
-      case WeightKind::kInt4Asymmetric:
-        codes[i] = static_cast<uint8_t>(nearest_within((x - zero) * inverse, 0.0f, 15.0f));
-        break;
-      default:
-        codes[i] = static_cast<uint8_t>(nearest_nf4(x * inverse));
-    }
-  }
-  return true;
 }
 
 // Row `row` of the weight into its lane of `panel`. False where it holds a value that the format has no room for.
@@ -119,19 +73,18 @@ bool quantize_row(WeightFormat f, const PlainWeight& weight, int64_t row, uint8_
     return true;
   }
   for (int64_t begin = 0; begin < k; begin += f.group_size) {
-    uint8_t codes[128];
+    QuantizedGroup quantized;
     uint8_t* group = panel + begin / f.group_size * group_bytes(f);
-    uint16_t scale = 0, least = 0;
     const int64_t count = k - begin < f.group_size ? k - begin : f.group_size;
-    if (!quantize_group(f.kind, values.data() + begin, count, f.group_size, codes, &scale, &least)) return false;
+    if (!quantize_group(f.kind, values.data() + begin, count, f.group_size, quantized)) return false;
     auto* scales = reinterpret_cast<uint16_t*>(group);
-    scales[lane] = scale;
-    if (f.kind == WeightKind::kInt4Asymmetric) scales[kPanelRows + lane] = least;
+    scales[lane] = quantized.scale;
+    if (f.kind == WeightKind::kInt4Asymmetric) scales[kPanelRows + lane] = quantized.least;
     uint8_t* steps = group + header_bytes(f.kind);
     for (int64_t i = 0; i < f.group_size; i++) {
       uint8_t& byte = steps[i / 4 * kStepBytes4 + lane % 16 * 4 + i % 4];
-      byte = lane < 16 ? static_cast<uint8_t>((byte & 0xf0) | codes[i])
-                       : static_cast<uint8_t>((byte & 0x0f) | codes[i] << 4);
+      byte = lane < 16 ? static_cast<uint8_t>((byte & 0xf0) | quantized.codes[i])
+                       : static_cast<uint8_t>((byte & 0x0f) | quantized.codes[i] << 4);
     }
   }
   return true;

@@ -83,23 +83,47 @@ def dequantize(packed: PackedWeight) -> Tensor:
     return w[: packed.out_features, : packed.in_features]
 
 
-def weight_error_bound(weight: Tensor, packed: PackedWeight) -> Tensor:
-    """The largest |dequantized - weight| that each format may make, [N, K] in float64.
+def levels(format: str) -> Tensor:
+    """What the codes of a format stand for before scale and least value, float64, ascending."""
+    match format:
+        case "int8":
+            return torch.arange(-127.0, 128.0, dtype=torch.float64)
+        case "int4":
+            return torch.arange(-8.0, 8.0, dtype=torch.float64)
+        case "int4_asymmetric":
+            return torch.arange(0.0, 16.0, dtype=torch.float64)
+        case "nf4":
+            return torch.tensor(NF4, dtype=torch.float32).double()
+    raise ValueError(f"{format} is not a quantized format")
 
-    int8: half a step. int4: half a step, or a whole one at the end of the range that has no code of its own (+8).
-    int4_asymmetric: half a step and the rounding of the least value. nf4: half the widest gap of the table.
-    Scales and least values are rounded to fp16 (2^-11 relative, 2^-25 absolute): that moves the ends of the range.
-    """
-    w = weight.double()
-    _, scale, least = codes_and_scales(packed)
-    scale, least = (t[: packed.out_features, : packed.in_features].abs() for t in (scale, least))
-    if packed.format == "int8":
-        return scale * (0.5 + 1e-5)
-    if packed.format == "nf4":
-        return scale * (1.0 - 0.6961928009986877) / 2 + w.abs() * 2.0**-10 + 2.0**-24
-    if packed.format == "int4":
-        return scale * 1.0 + w.abs() * 2.0**-10 + 16 * 2.0**-24
-    return scale * (0.5 + 15 * 2.0**-11) + least * 2.0**-10 + 16 * 2.0**-24
+
+def nearest(weight: Tensor, scale: Tensor, least: Tensor, format: str) -> Tensor:
+    """The value nearest to each weight [N, K] among those its scale [N, K] and least value [N, K] can make, float64."""
+    w, at = weight.double(), levels(format)
+    step = torch.where(scale == 0, 1.0, scale)
+    above = torch.searchsorted(at, ((w - least) / step).contiguous()).clamp(1, len(at) - 1)
+    below = above - 1
+    values = [at[i] * scale + least for i in (below, above)]
+    return torch.where((values[0] - w).abs() <= (values[1] - w).abs(), values[0], values[1])
+
+
+def full_range(weight: Tensor, packed: PackedWeight) -> Tensor:
+    """The weight [N, K] in the packed one's 4-bit format and group size, float64, with the scales (rounded to fp16) that
+    everything in a group fits in: what a quantizer does that does not look for better ones."""
+    n, k = weight.shape
+    g = packed.group_size
+    padded = torch.nn.functional.pad(weight.double(), (0, -k % g), value=torch.nan).unflatten(1, (-1, g))
+    low = padded.nan_to_num(torch.inf).amin(-1, keepdim=True)
+    high = padded.nan_to_num(-torch.inf).amax(-1, keepdim=True)
+    least = torch.zeros_like(low)
+    if packed.format == "int4_asymmetric":
+        scale, least = (high - low) / 15, low
+    elif packed.format == "int4":
+        scale = torch.where(-low >= high, low, high) / -8
+    else:
+        scale = torch.maximum(-low, high)
+    scale, least = (t.half().double().expand(padded.shape).flatten(1)[:, :k] for t in (scale, least))
+    return nearest(weight, scale, least, packed.format)
 
 
 def round_activations(x: Tensor, packed: PackedWeight) -> Tensor:
