@@ -21,9 +21,13 @@ test: build $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The drop-in's tests on the last transformers 4, which lies beside .venv's and is found before it.
-test-transformers-4: build $(VENV)/.test
-	test -d build/transformers-4 || $(PIP) --target build/transformers-4 -r requirements-transformers-4.txt
+test-transformers-4: build build/transformers-4/.done
 	PYTHONPATH=build/transformers-4 $(BIN)/python -m pytest tests/test_transformers_*.py $(PYTEST_ARGS)
+
+build/transformers-4/.done: requirements-transformers-4.txt $(VENV)/.test
+	rm -rf $(@D)
+	$(PIP) --target $(@D) -r requirements-transformers-4.txt
+	touch $@
 
 # Kernels against PyTorch and the machine's limits; `alula bench model` (extra [bench]) compares whole models.
 bench: build $(VENV)/.test

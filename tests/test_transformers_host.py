@@ -49,6 +49,21 @@ def test_a_newer_release_that_changed(version: Any, monkeypatch: pytest.MonkeyPa
         at.accelerate(pair(2).plain)
 
 
+def test_a_newer_release_whose_objects_changed(version: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only an object of a class has is looked for, too."""
+    from alula.integrations.transformers import cache
+
+    class Renamed(cache.EncoderDecoderCache):
+        def __init__(self, *caches: Any) -> None:
+            super().__init__(*caches)
+            del self.is_updated
+
+    version("7.0.0")
+    monkeypatch.setattr(cache, "EncoderDecoderCache", Renamed)
+    with pytest.raises(RuntimeError, match=r"transformers 7\.0\.0 .*EncoderDecoderCache has no is_updated"):
+        versions.check()
+
+
 def test_alula_itself_never_imports_transformers() -> None:
     code = "import sys, alula; alula.GPT2Model; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

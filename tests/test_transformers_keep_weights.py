@@ -276,6 +276,19 @@ def test_generates_and_compiles(cls: str) -> None:
     torch._dynamo.reset()
 
 
+def test_in_a_pipeline() -> None:
+    from test_transformers_host import tokenizer
+
+    model, plain = fresh(), fresh()
+    said = []
+    for target in (plain, at.accelerate_model(model, keep_weights=False)):
+        words = tokenizer(plain.config.vocab_size)
+        pipe = transformers.pipeline("text-generation", model=target, tokenizer=words, device="cpu")
+        said.append(pipe(["w5 w6 w7", "w9"], max_new_tokens=6, do_sample=False, batch_size=2))
+    assert said[0] == said[1]
+    assert without_memory(model)
+
+
 def test_nothing_is_given_up_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh(n_layer=3)
     before = bits(model)

@@ -118,6 +118,10 @@ def problems() -> list[str]:
     for layer in (cache.GrowingLayer, cache.FixedLayer):
         if inspect.isabstract(layer):
             found.append(f"cache layers need {', '.join(sorted(layer.__abstractmethods__))}")
+    both = cache.EncoderDecoderCache(cache.DynamicCache(), cache.DynamicCache())
+    for name in ("self_attention_cache", "cross_attention_cache", "is_updated"):
+        if not hasattr(both, name):
+            found.append(f"cache_utils.EncoderDecoderCache has no {name}")
     for family in families.FAMILIES:
         found += _lacking(f"{family.body.__name__}.forward", family.body.forward, FORWARD)
     found += _lacking("BigBirdAttention", families.FAMILIES[-1].parts[0], ("config", "seed"))
