@@ -1,5 +1,7 @@
 """Choosing tokens on the device, run on the CPU: the steps are the same but for the capture into a CUDA graph."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -279,6 +281,46 @@ def test_a_step_waits_for_nothing(model, options):
             queue()
         assert reads.count > 5
         assert not reads.found
+
+
+class NothingToRead:
+    """Stands for a model on a device whose values the host cannot have, and does not mix with those of the CPU."""
+
+    device, dtype, weights_stamp = torch.device("meta"), torch.float32, 0
+    config = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=64)
+    lm_head = SimpleNamespace(out_features=50)
+
+    def new_cache(self, rows, max_length=None):
+        return KVCache(self.config, rows, max_length, dtype=self.dtype, device=self.device)
+
+    def decode_step(self, tokens, position_ids, slots, lengths, cache):
+        assert {t.device.type for t in (tokens, position_ids, slots, lengths, *cache.layers)} == {"meta"}
+        assert (slots.dtype, lengths.dtype, tokens.dtype) == (torch.int32, torch.int32, torch.int64)
+        return torch.empty(*tokens.shape, 50, device="meta")
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"eos_token_id": [3, 4], "min_new_tokens": 2}], ids=str)
+def test_a_step_mixes_no_devices(options, monkeypatch):
+    """meta tensors have no values: reading one raises, and so does an operation that joins them with the CPU's."""
+    sent = []
+    monkeypatch.setattr(DeviceSteps, "_send", lambda self: sent.append(self._step.chooser.report.device.type))
+    model, config = (
+        NothingToRead(),
+        GenerationConfig(**{"eos_token_id": [], **{n: v for n, v in options.items() if n != "seed"}}),
+    )
+    steps = DeviceSteps(model, 3, 20, 9, None, config)
+    prompts = [np.array(prompt) for prompt in PROMPTS]
+    steps.cache.prepare(5)
+    positions = torch.full((3, 1), 5, device="meta")
+    with torch.inference_mode():
+        steps.begin(config, positions, seeds=[1, 2, 3], prompts=prompts, min_new=config.min_new_tokens or 0, pad_id=0)
+        assert steps.first(torch.zeros(3, 50, device="meta")).shape == (4, 50)
+        for process in (None, lambda logits: logits * 2):
+            assert steps.queue(process).shape == (4, 50)
+    steps.end_row(1, is_known=False)
+    assert sent == ["meta"] * 3
+    with pytest.raises(RuntimeError):
+        steps._step.lengths.tolist()
 
 
 @pytest.mark.usefixtures("on_device")

@@ -85,8 +85,8 @@ class DecodeStep:
     def place(self, lengths: Tensor, positions: Tensor) -> None:
         """Says where the first rows are: lengths int32 [B], positions int64 [B, 1]; the others are empty."""
         count = lengths.shape[0]
-        self.lengths.zero_()[:count] = lengths
-        self.positions.zero_()[:count] = positions
+        self.lengths.zero_()[:count].copy_(lengths)
+        self.positions.zero_()[:count].copy_(positions)
 
     # --- a step: nothing below waits for the device ---------------------------------------------------------
 
@@ -122,6 +122,9 @@ class DecodeStep:
         return self._run("logits", self.logits, model, num_left)
 
     def _run(self, key: Any, call: Step, model: DecoderWithHead, num_left: int) -> Tensor:
+        if self._stamp != model.weights_stamp:  # weights have changed, and may lie elsewhere
+            self._graphs.clear()
+            self._stamp = model.weights_stamp
         known = self._graphs.get(key)
         if known is None and (self._device.type != "cuda" or key not in self._warm or num_left < FEWEST_GRAPH_STEPS):
             self._warm.add(key)  # this step also sets up what is made at first use (cuBLAS, counters)

@@ -53,7 +53,7 @@ class DeviceSteps:
         self._running = [True] * num_rows
         self._on_gpu = model.device.type == "cuda"
         with torch.inference_mode(False):
-            self._reports = torch.empty(num_new, *self._step.chooser.report.shape, dtype=torch.float64)
+            self._reports = torch.empty(num_new, *self._step.chooser.report.shape, dtype=torch.float32)
             if self._on_gpu:
                 self._reports = self._reports.pin_memory()
         self._sent: dict[int, torch.cuda.Event] = {}
@@ -140,7 +140,7 @@ class DeviceSteps:
         if self._running[row]:
             self._running[row] = False
             if not is_known:
-                self._step.chooser.running[row] = False
+                self._step.chooser.running.narrow(0, row, 1).fill_(False)
 
     def release(self) -> None:
         """Lets the next call have the step."""

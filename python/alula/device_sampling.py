@@ -54,10 +54,13 @@ class DeviceChooser:
 
     Attributes: `tokens` int64 [R, 1], the newest of each row (0 in ended rows: an id that every vocabulary has);
     `running` bool [R]; `out` int64 [R, N], what was chosen, padding in ended rows; `step` int64 [1], how many tokens;
-    `report` float64 [2, R]: what was chosen last, and 0 or a largest logit that was no number at some step.
+    `report` float32 [2, R] (ids below 2^24 are exact): what was chosen last, and 0 or a largest logit that was no number
+    at some step.
     """
 
     def __init__(self, rows: int, vocab_size: int, max_new: int, device: torch.device) -> None:
+        if vocab_size > 1 << 24:
+            raise ValueError(f"vocab_size={vocab_size}; accepted on a GPU: up to {1 << 24}")
         self.kind = ChoiceKind(False, False, False, False, False, False, 0)
         self._vocab_size, self._device = vocab_size, device
         with torch.inference_mode(False):
@@ -65,7 +68,7 @@ class DeviceChooser:
             self.running = torch.zeros(rows, dtype=torch.bool, device=device)
             self.out = torch.zeros(rows, max_new, dtype=torch.int64, device=device)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
-            self.report = torch.zeros(2, rows, dtype=torch.float64, device=device)
+            self.report = torch.zeros(2, rows, dtype=torch.float32, device=device)
             self._pad_id = torch.zeros(1, dtype=torch.int64, device=device)
             self._min_new = torch.zeros(1, dtype=torch.int64, device=device)
             self._kth = torch.zeros(1, dtype=torch.int64, device=device)  # where the k-th largest is, sorted upwards
@@ -97,7 +100,7 @@ class DeviceChooser:
         self.kind = kind
         with torch.inference_mode(False):
             self.tokens.zero_()
-            self.running.zero_()[:count] = True
+            self.running.zero_().narrow(0, 0, count).fill_(True)
             self.step.zero_()
             self.report.zero_()
             self._pad_id.fill_(pad_id)
@@ -112,7 +115,7 @@ class DeviceChooser:
                 numbers = np.stack([np.random.default_rng(seed).random(num_new) for seed in seeds])
                 if self._uniforms is None:
                     self._uniforms = torch.zeros(self.out.shape, dtype=torch.float64, device=self._device)
-                self._uniforms[:count, :num_new] = torch.from_numpy(numbers).to(self._device)
+                self._uniforms[:count, :num_new].copy_(torch.from_numpy(numbers))
             if kind.has_penalty:
                 self._penalty.fill_(config.repetition_penalty)
                 self._note_prompts(prompts)
@@ -149,13 +152,14 @@ class DeviceChooser:
         largest, tokens = logits.max(dim=-1)
         if self.kind.is_sampled:
             tokens = self._draw(logits, largest)
+        # Few and small operations: each is a launch, beside some five a layer for the whole model.
         running = self.running
         chosen = torch.where(running, tokens, self._pad_id)
         self.out.index_copy_(1, self.step, chosen.unsqueeze(1))
-        self.tokens.copy_((tokens * running).unsqueeze(1))
-        is_bad = running & ~largest.isfinite()
+        torch.mul(tokens, running, out=self.tokens.squeeze(1))
+        is_bad = (largest - largest != 0).logical_and_(running)  # NaN, inf, -inf
         self.report[0].copy_(chosen)
-        self.report[1].copy_(torch.where(is_bad, largest.double(), self.report[1]))
+        torch.where(is_bad, largest, self.report[1], out=self.report[1])
         if self.kind.has_penalty:
             self._factors.scatter_(1, chosen.unsqueeze(1), self._penalty.expand(self.rows, 1))
         if self.kind.num_eos:
@@ -178,7 +182,7 @@ class DeviceChooser:
                     weights = torch.where(values >= kth, weights, 0.0)
                 reached = weights.cumsum(-1, dtype=torch.float64)
                 in_order = reached > self._dropped * reached[:, -1:]
-                in_order[:, -1] = True
+                in_order.select(1, -1).fill_(True)
                 kept = torch.zeros_like(in_order).scatter_(1, order, in_order)
         if kind.has_min_p:
             likely = shifted >= self._least
