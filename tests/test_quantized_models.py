@@ -26,7 +26,7 @@ SIZES = {"n_embd": 96, "n_head": 4, "n_layer": 2, "vocab_size": 161, "n_inner": 
 BIRD = {"vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "block_size": 16}
 # Largest difference of a logit to the original model's, as a share of the original's largest logit: random weights, of
 # which 4 bits keep little.
-LOOSE = {"int8": 0.1, "int4": 0.6, "int4_asymmetric": 0.6, "nf4": 0.6}
+LOOSE = {"int8": 0.1, "int4": 0.5, "int4_asymmetric": 0.5, "nf4": 0.5}
 
 
 @functools.lru_cache(maxsize=8)
@@ -81,11 +81,11 @@ def test_against_a_dense_model_of_the_same_values_and_the_original(cls: str, nam
     found, expected = outputs(model), outputs(dense)
     assert worst(found, expected) <= 2e-5 * max(1.0, expected.abs().max().item())
     assert torch.equal(found, outputs(model))
-    scale = before.abs().max().item()
-    assert 0 < worst(found, before) <= LOOSE[name] * scale
+    # The whole output: which single logit is farthest off is chance, not the format's doing.
+    assert 0 < float((found - before).norm()) <= LOOSE[name] * float(before.norm())
     model.set_activations("int8")
     rounded = outputs(model)
-    assert 0 < worst(rounded, expected) <= LOOSE["int8"] * scale
+    assert 0 < float((rounded - expected).norm()) <= LOOSE["int8"] * float(expected.norm())
     assert not torch.equal(rounded, found)
 
 

@@ -108,10 +108,9 @@ def nearest(weight: Tensor, scale: Tensor, least: Tensor, format: str) -> Tensor
 
 
 def full_range(weight: Tensor, packed: PackedWeight) -> Tensor:
-    """The weight [N, K] in the packed one's 4-bit format and group size, float64, with the scales (rounded to fp16) that
-    everything in a group fits in: what a quantizer does that does not look for better ones."""
-    n, k = weight.shape
-    g = packed.group_size
+    """The weight [N, K] in the packed one's 4-bit format and group size, float64, with the scales (rounded to fp16)
+    that everything in a group fits in: what a quantizer does that does not look for better ones."""
+    k, g = weight.shape[1], packed.group_size
     padded = torch.nn.functional.pad(weight.double(), (0, -k % g), value=torch.nan).unflatten(1, (-1, g))
     low = padded.nan_to_num(torch.inf).amin(-1, keepdim=True)
     high = padded.nan_to_num(-torch.inf).amax(-1, keepdim=True)
