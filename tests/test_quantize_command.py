@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import alula
+import alula.cache
 import pytest
 import torch
 from alula.cli import main
@@ -177,10 +178,12 @@ def test_bits_per_byte_is_the_likelihood(text: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith(f"{report['bits_per_byte']:.4f} bits per byte ({report['tokens']} tokens")
 
 
-def test_formats_cost_little(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A short text, so the bounds are wider than those of the held-out files."""
+def test_formats_cost_little(capsys: pytest.CaptureFixture[str]) -> None:
+    """Code that the model has not seen and that repeats nothing; less of it than the held-out files, so the bounds are
+    wider than what is claimed of those."""
+    text = alula.cache.__file__
     plain = evaluate(capsys, "--text", text)["bits_per_byte"]
-    for options, rise in ((["int8"], 0.01), (["int4_asymmetric", "--group-size", "32"], 0.05), (["nf4"], 0.08)):
+    for options, rise in ((["int8"], 0.003), (["int4_asymmetric", "--group-size", "32"], 0.02), (["nf4"], 0.04)):
         report = evaluate(capsys, "--text", text, "--quantize", *options)
         assert abs(report["bits_per_byte"] / plain - 1) < rise
         assert report["weights"].startswith(options[0])

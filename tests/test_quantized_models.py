@@ -24,7 +24,7 @@ from torch import Tensor
 
 SIZES = {"n_embd": 96, "n_head": 4, "n_layer": 2, "vocab_size": 161, "n_inner": 230, "n_positions": 64}
 BIRD = {"vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "block_size": 16}
-# Largest difference of a logit to the original model's, as a share of the original's largest logit: random weights, of
+# Difference of all logits to the original model's, as a share of these (2-norms): random weights, of
 # which 4 bits keep little.
 LOOSE = {"int8": 0.1, "int4": 0.5, "int4_asymmetric": 0.5, "nf4": 0.5}
 

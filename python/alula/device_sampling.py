@@ -54,8 +54,8 @@ class DeviceChooser:
 
     Attributes: `tokens` int64 [R, 1], the newest of each row (0 in ended rows: an id that every vocabulary has);
     `running` bool [R]; `out` int64 [R, N], what was chosen, padding in ended rows; `step` int64 [1], how many tokens;
-    `report` float32 [2, R] (ids below 2^24 are exact): what was chosen last, and 0 or a largest logit that was no number
-    at some step.
+    `report` float32 [2, R] (ids below 2^24 are exact): what was chosen last, and 0 or a largest logit that was no
+    number at some step.
     """
 
     def __init__(self, rows: int, vocab_size: int, max_new: int, device: torch.device) -> None:
