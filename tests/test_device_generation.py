@@ -386,6 +386,28 @@ def test_two_generations_at_a_time(small_model):
 
 
 @pytest.mark.usefixtures("on_device")
+def test_steps_that_are_kept_give_way_where_memory_is_short(small_model, monkeypatch):
+    expected = small_model.generate(PROMPTS, max_new_tokens=4)
+    small_model.generate(PROMPTS[:1], max_new_tokens=4)
+    new_step, failures = cuda_graph._new_step, [True, False, True, True]
+
+    def short_of_memory(*args):
+        if failures.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return new_step(*args)
+
+    monkeypatch.setattr(cuda_graph, "_new_step", short_of_memory)
+    two = small_model.generate(PROMPTS[:2], max_new_tokens=4)
+    assert not cuda_graph._pools[small_model]
+    with pytest.raises(torch.OutOfMemoryError):
+        small_model.generate(PROMPTS, max_new_tokens=4)
+    monkeypatch.undo()
+    assert torch.equal(on_host(small_model, PROMPTS[:2], max_new_tokens=4), two)
+    monkeypatch.setattr(generation, "chooses_on_device", can_step)
+    assert torch.equal(small_model.generate(PROMPTS, max_new_tokens=4), expected)
+
+
+@pytest.mark.usefixtures("on_device")
 def test_rows_that_are_nobodys_store_nothing(small_model):
     small_model.generate(PROMPTS, max_new_tokens=6)
     step = cuda_graph._pools[small_model][4]
