@@ -193,8 +193,14 @@ def encoder_decoder() -> Pair:
 
 @pytest.mark.parametrize(
     "mode",
-    [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}, {"use_cache": False}],
-    ids=["greedy", "beams", "sampling", "no cache"],
+    [
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+    ],
+    ids=["greedy", "beams", "sampling", "no cache", "static cache"],
 )
 def test_encoder_decoder_models_generate(mode: dict[str, Any]) -> None:
     models = encoder_decoder()
@@ -254,6 +260,22 @@ def test_states_for_a_model_without_cross_attention() -> None:
             model(ids, encoder_hidden_states=states)
         said.append(str(error.value))
     assert said[0] == said[1]
+
+
+def test_gpt_bigcode() -> None:
+    """It does not run in transformers: both models say so, in the same words."""
+    plain = hf_model(3, "GPTBigCodeForCausalLM", add_cross_attention=True, is_decoder=True, multi_query=False)
+    fast = copy.deepcopy(plain)
+    report = at.accelerate(fast)
+    assert any("crossattention" in item.where for item in report.left)
+    ids, states = random_ids(plain, 2, 5), states_of(plain, 2, 4)
+    said = []
+    for model in (plain, fast):
+        with pytest.raises(RuntimeError) as error:
+            model(ids, encoder_hidden_states=states)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    close(fast(ids).logits, plain(ids).logits)
 
 
 def test_big_bird() -> None:
