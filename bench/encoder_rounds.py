@@ -1,6 +1,7 @@
 """Encoders that are loaded at the same time: checked one by one, then timed in turn, round after round.
 
-What is timed is a whole forward from ids to the last hidden states. Right is what is near transformers in fp32.
+What is timed is a whole forward from ids to the last hidden states. Right is what is near transformers in fp32. With
+quantized weights alula is compared with transformers on the values they stand for; peers hold theirs in bf16.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from alula.bench import limits, model_check, presets, report
+from alula.bench import limits, model_check, model_folder, presets, report
 from alula.bench.engine import Engine, EngineError, EngineMissing
 from alula.bench.measure import Timing
-from alula.bench.model_rounds import PEAKS, SETTLE_SECONDS, Member, Workload
+from alula.bench.model_rounds import PEAKS, QUANTIZED, SETTLE_SECONDS, Member, Workload
 
 __all__ = ["EncoderGroup"]
 
@@ -48,6 +49,11 @@ class EncoderGroup:
         budget = 0.0
         if self.workload.dtype == "bf16":
             budget = model_check.max_error(self._once("hf-eager", "bf16", "budget"), expected)
+        exact = expected
+        if self.workload.dtype in QUANTIZED:
+            folder = model_folder.dequantized(self.folder, self.workload.dtype, "AutoModel")
+            exact = self._once("hf-eager", "fp32", "dequantized", folder)
+            budget = model_check.max_error(exact, expected)
         for name in report.progress(self.names, "loading and checking"):
             try:
                 engine = self._start(name, self.workload.dtype)
@@ -58,7 +64,7 @@ class EncoderGroup:
                     self._stop(engine)
                 continue
             allowed = model_check.tolerance(name, self.workload.dtype, budget, float(np.abs(expected).max()))
-            verdict = judge(found, expected, allowed)
+            verdict = judge(found, exact if name == "alula" else expected, allowed)
             self.members[name] = Member(engine, engine.facts["weights"], engine.facts["versions"], verdict)
             if not verdict.correct:
                 report.note(f"{name}: wrong, not timed: {verdict.reason}")
@@ -134,9 +140,9 @@ class EncoderGroup:
             "alula_ratio": ratio,
         }
 
-    def _once(self, name: str, dtype: str, label: str) -> np.ndarray:
+    def _once(self, name: str, dtype: str, label: str, folder: Path | None = None) -> np.ndarray:
         """The hidden states of an engine that is ended at once."""
-        engine = self._start(name, dtype, label)
+        engine = self._start(name, dtype, label, folder)
         try:
             return self._hidden(engine)
         finally:
@@ -145,14 +151,14 @@ class EncoderGroup:
     def _hidden(self, engine: Engine) -> np.ndarray:
         return engine.arrays("hidden", prompts=self.workload.prompts)["hidden"]
 
-    def _start(self, name: str, dtype: str, label: str | None = None) -> Engine:
+    def _start(self, name: str, dtype: str, label: str | None = None, folder: Path | None = None) -> Engine:
         python = self.openvino_python if name == "openvino" else None
         work = self.workload
         engine = Engine(f"encoder:{name}", self.folder, threads=work.threads, python=python, label=label or name)
         self._open.append(engine)
         try:
             engine.load(
-                folder=self.folder,
+                folder=folder or self.folder,
                 work=self.folder,
                 dtype=dtype,
                 threads=work.threads,

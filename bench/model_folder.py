@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -75,3 +76,18 @@ def _write_tokenizer(folder: Path, vocabulary: int) -> None:
 def checkpoint_bytes(folder: Path) -> int:
     """Bytes of the weights in the folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def dequantized(folder: Path, dtype: str, model: str) -> Path:
+    """A folder beside `folder` with the values, in fp32, that alula's weights in `dtype` stand for. `model` is the name
+    of the class that reads them: AutoModelForCausalLM, AutoModel."""
+    import alula
+
+    made = folder.with_name(f"{folder.name}-{dtype}-dequantized")
+    if not made.exists():
+        shutil.rmtree(unfinished := made.with_name(made.name + ".unfinished"), ignore_errors=True)
+        quantized = getattr(alula, model).from_pretrained(folder, dtype="float32", quantize=dtype)
+        quantized.dequantize().save_pretrained(unfinished)
+        shutil.copyfile(folder / "tokenizer.json", unfinished / "tokenizer.json")
+        unfinished.rename(made)
+    return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alula.bench import limits, model_check, presets, report
+from alula.bench import limits, model_check, model_folder, presets, report
 from alula.bench.engine import Engine, EngineError, EngineMissing
 from alula.bench.measure import Timing
 
@@ -123,7 +122,8 @@ class Group:
         exact, rounding = reference, 0.0
         if work.dtype in QUANTIZED:
             # alula is held to the very values of its weights, peers to what such weights cost alula.
-            exact = self._start("hf-eager", "fp32", label="dequantized", folder=self._dequantized())
+            values = model_folder.dequantized(self.folder, work.dtype, "AutoModelForCausalLM")
+            exact = self._start("hf-eager", "fp32", label="dequantized", folder=values)
             for prompts in inputs:
                 found = exact.arrays("greedy", prompts=prompts, steps=CHECK_STEPS)
                 scored = self._score(reference, prompts, found["tokens"])
@@ -259,18 +259,6 @@ class Group:
         """The reference's logits [steps + 1, B, V] where the engine chose `tokens` [steps + 1, B]."""
         sequences = [prompt + tokens[:-1, row].tolist() for row, prompt in enumerate(prompts)]
         return reference.arrays("score", sequences=sequences, last=CHECK_STEPS + 1)["logits"]
-
-    def _dequantized(self) -> Path:
-        """A folder with the values that alula's quantized weights stand for, in fp32."""
-        from alula.models import AutoModelForCausalLM
-
-        folder = self.folder.with_name(f"{self.folder.name}-{self.workload.dtype}-dequantized")
-        if not folder.exists():
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32", quantize=self.workload.dtype)
-            model.dequantize().save_pretrained(unfinished := folder.with_name(folder.name + ".unfinished"))
-            shutil.copyfile(self.folder / "tokenizer.json", unfinished / "tokenizer.json")
-            unfinished.rename(folder)
-        return folder
 
     def _start(self, name: str, dtype: str, label: str | None = None, folder: Path | None = None) -> Engine:
         python = self.openvino_python if name == "openvino" else None

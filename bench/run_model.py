@@ -186,8 +186,6 @@ def make_encoder_workload(args: argparse.Namespace, config: presets.Config) -> W
     limit = config["max_position_embeddings"]
     args.prompt_tokens = limit if args.prompt_tokens is None else args.prompt_tokens
     _check_counts(args, "prompt_tokens", "batch", "rounds", "threads")
-    if args.dtype in QUANTIZED:
-        raise ValueError(f"--dtype {args.dtype} is for decoders, and {args.preset} is an encoder")
     for name in ("context", "left_pad", "memory"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for decoders, and {args.preset} is an encoder")

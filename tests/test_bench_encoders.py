@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,18 @@ def test_rounds_make_records_with_ratios(bench: Any, capsys: pytest.CaptureFixtu
     assert "alula / it" in captured.out
 
 
+def test_quantized_weights(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        model_folder, "dequantized", lambda folder, dtype, model: asked.append((dtype, model)) or folder
+    )
+    status, (_, *found) = bench("--dtype", "int8", "--rounds", "2")
+    assert status == 0
+    assert asked == [("int8", "AutoModel")]
+    assert [(r["engine"], r["correct"], r["rounds"]) for r in found] == [("alula", True, 2), ("hf-eager", True, 2)]
+    assert found[0]["limit"] == "int8_dot"
+
+
 def test_a_wrong_encoder_is_not_timed(
     bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +143,16 @@ def test_the_engines_compute_the_same(tmp_path: Path) -> None:
     rows = [[7] * 300, list(range(5, 305))]
     ours, theirs = AlulaEncoder(setup), HFEncoder(setup)
     verdict = encoder_rounds.judge(ours.hidden(rows), theirs.hidden(rows), 2e-4)
+    assert verdict.correct, verdict.reason
+
+    # int8: near transformers on the values that the weights stand for.
+    made = model_folder.dequantized(folder, "int8", "AutoModel")
+    values = HFEncoder(dataclasses.replace(setup, folder=made)).hidden(rows)
+    rounded = AlulaEncoder(dataclasses.replace(setup, dtype="int8"))
+    peer = HFEncoder(dataclasses.replace(setup, dtype="int8"))
+    assert (rounded.weights, peer.weights) == ("int8", "bf16")
+    allowed = 2 * float(np.abs(values - theirs.hidden(rows)).max())
+    verdict = encoder_rounds.judge(rounded.hidden(rows), values, allowed)
     assert verdict.correct, verdict.reason
     assert ours.time_encode(rows) > 0
     assert set(ours.versions) == {"alula", "torch"}

@@ -35,11 +35,6 @@ def test_a_step_reads_fewer_bytes():
     assert keys == presets.step_bytes(config, 2, 1, 100) - bf16
 
 
-def test_encoders_are_refused(capsys, tmp_path):
-    assert main(["model", "--preset", "bigbird-toy", "--dtype", "int8", "--cache", str(tmp_path)]) == 2
-    assert "--dtype int8 is for decoders, and bigbird-toy is an encoder" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("dtype", "kind"), [("int8", "Q8_0"), ("int4", "Q4_0")])
 def test_gguf_has_the_peers_formats(dtype, kind, tmp_path):
     gguf = pytest.importorskip("gguf")

@@ -33,8 +33,8 @@ class Encoder:
 
     @property
     def weights(self) -> str:
-        """The dtype asked for."""
-        return self.setup.dtype
+        """The dtype asked for; bf16 where it is one that only alula quantizes encoders to."""
+        return self.setup.dtype if self.setup.dtype in DTYPES else "bf16"
 
     @torch.inference_mode()
     def encode(self, ids: torch.Tensor) -> Any:
@@ -60,7 +60,14 @@ class AlulaEncoder(Encoder):
         """The model; its weights are packed as they are read."""
         from alula.models import AutoModel
 
-        return AutoModel.from_pretrained(setup.folder, dtype=DTYPES[setup.dtype])
+        if setup.dtype in DTYPES:
+            return AutoModel.from_pretrained(setup.folder, dtype=DTYPES[setup.dtype])
+        return AutoModel.from_pretrained(setup.folder, quantize=setup.dtype)
+
+    @property
+    def weights(self) -> str:
+        """The dtype asked for."""
+        return self.setup.dtype
 
     @property
     def versions(self) -> dict[str, str]:
@@ -79,7 +86,7 @@ class HFEncoder(Encoder):
             from transformers import AutoModel
         except ImportError as error:
             raise Missing(str(error)) from error
-        return AutoModel.from_pretrained(setup.folder, dtype=DTYPES[setup.dtype], attn_implementation="eager").eval()
+        return AutoModel.from_pretrained(setup.folder, dtype=DTYPES[self.weights], attn_implementation="eager").eval()
 
     @property
     def versions(self) -> dict[str, str]:

@@ -65,7 +65,7 @@ class OpenVINOEncoder(Encoder):
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": setup.threads,
-            "INFERENCE_PRECISION_HINT": PRECISIONS[setup.dtype],
+            "INFERENCE_PRECISION_HINT": PRECISIONS[self.weights],
         }
         path = Path(setup.work) / f"openvino-encoder-{'x'.join(map(str, ids.shape))}.xml"
         if not path.exists():
