@@ -340,6 +340,96 @@ def test_how_often_the_host_waits(small_model, monkeypatch):
     assert ahead == [1] * 19 + [0]
 
 
+# --- when a step is captured, with a graph that is played ------------------------------------------------------------
+
+
+class PlayedGraph:
+    """Runs again what was captured, into the tensor that the capture gave."""
+
+    def __init__(self, call, model, logits):
+        self._run, self._logits = lambda: call(model), logits
+
+    def replay(self):
+        self._logits.copy_(self._run())
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The rows of each step that was captured, in order."""
+    made = []
+
+    def capture(self, call, model):
+        made.append(self.rows)
+        logits = torch.empty(self.rows, model.lm_head.out_features)
+        return PlayedGraph(call, model, logits), logits
+
+    init = cuda_graph.DecodeStep.__init__
+
+    def with_capture(self, *args):
+        init(self, *args)
+        assert not self._can_capture, "a CPU has no graphs"
+        self._can_capture = True
+
+    monkeypatch.setattr(cuda_graph.DecodeStep, "__init__", with_capture)
+    monkeypatch.setattr(cuda_graph.DecodeStep, "_capture", capture)
+    return made
+
+
+@pytest.mark.usefixtures("on_device")
+def test_one_graph_serves_every_length_and_number_of_rows(small_model, captures):
+    options = {"max_new_tokens": 12, "eos_token_id": []}
+    for prompts in (PROMPTS, [*PROMPTS, [1, 2]], [[5] * 30] * 3):
+        for _ in range(2):
+            assert torch.equal(small_model.generate(prompts, **options), on_host(small_model, prompts, **options))
+    assert captures == [4]
+    numbers = {"do_sample": True, "seed": 5}
+    for temperature, top_p in ((0.5, 0.9), (1.5, 0.6)):
+        sampled = {**options, **numbers, "temperature": temperature, "top_p": top_p}
+        assert torch.equal(small_model.generate(PROMPTS, **sampled), on_host(small_model, PROMPTS, **sampled))
+    assert captures == [4, 4], "temperature and top_p lie on the device"
+    for prompt in ([3], [4, 4]):
+        assert torch.equal(small_model.generate([prompt], **options), on_host(small_model, [prompt], **options))
+    assert captures == [4, 4, 1]
+
+
+@pytest.mark.usefixtures("on_device")
+def test_graphs_are_made_anew_where_they_must_be(small_model, captures):
+    options = {"max_new_tokens": 24, "eos_token_id": []}
+    steps = small_model.stream([1, 2, 3], **options)
+    made = [int(next(steps)) for _ in range(6)]
+    assert captures == [1]
+    slot = small_model.weight_slots()["transformer.ln_f.bias"]
+    slot.write(torch.zeros(small_model.config.n_embd))  # other weights, between two steps
+    made += [int(token) for token in steps]
+    assert captures == [1, 1]
+    small_model.generate([1, 2, 3], **options)
+    assert captures == [1, 1], "the graph that was made anew"
+    small_model.generate([[1, 2]], past_key_values=small_model.new_cache(1), **options)
+    assert captures == [1] * 3, "a cache of the caller's has graphs of its own"
+    small_model.generate([[1], [2]], **{**options, "max_new_tokens": 4})
+    assert captures == [1] * 3, "a few steps are not worth a capture"
+
+
+@pytest.mark.usefixtures("on_device")
+def test_processors_run_between_graph_and_choice(small_model, captures):
+    def only_even(ids, logits):
+        return logits.index_fill(1, torch.arange(1, logits.shape[1], 2), -torch.inf)
+
+    options = {"max_new_tokens": 14, "eos_token_id": [], "logits_processor": [only_even]}
+    assert torch.equal(small_model.generate(PROMPTS, **options), on_host(small_model, PROMPTS, **options))
+    assert captures == [4]
+
+
+def test_under_alula_sync_nothing_is_captured(monkeypatch):
+    cache = KVCache(NothingToRead.config, 2, 8)
+    monkeypatch.setattr(NothingToRead, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(cuda_graph, "DeviceChooser", lambda *args: None)
+    monkeypatch.setattr(cuda_graph.torch, "zeros", lambda *args, **options: None)
+    assert cuda_graph.DecodeStep(NothingToRead(), cache, 4)._can_capture
+    monkeypatch.setenv("ALULA_SYNC", "1")
+    assert not cuda_graph.DecodeStep(NothingToRead(), cache, 4)._can_capture
+
+
 # --- buckets and what is kept ----------------------------------------------------------------------------------------
 
 

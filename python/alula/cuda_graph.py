@@ -13,6 +13,7 @@ B rows of a call, R of the bucket, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ class DecodeStep:
         self.owner: Callable[[], object | None] = lambda: None  # a weak reference to whoever uses it now
         self._layers = list(cache.layers)
         self._stamp, self._device = model.weights_stamp, model.device
+        # Under ALULA_SYNC each launch waits for its kernel, which a capture does not allow.
+        self._can_capture = model.device.type == "cuda" and os.environ.get("ALULA_SYNC", "0") in ("", "0")
         self._warm: set[Any] = set()
         self._graphs: dict[Any, tuple[Any, Tensor]] = {}
         self._pool: Any = None
@@ -126,7 +129,7 @@ class DecodeStep:
             self._graphs.clear()
             self._stamp = model.weights_stamp
         known = self._graphs.get(key)
-        if known is None and (self._device.type != "cuda" or key not in self._warm or num_left < FEWEST_GRAPH_STEPS):
+        if known is None and (not self._can_capture or key not in self._warm or num_left < FEWEST_GRAPH_STEPS):
             self._warm.add(key)  # this step also sets up what is made at first use (cuBLAS, counters)
             return call(model)
         if known is None:
