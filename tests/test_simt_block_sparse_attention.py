@@ -384,6 +384,14 @@ def test_an_item_that_does_not_exist_touches_nothing(executor: Executor, column:
     assert out.isnan().view(75, 3, 16).all(dim=-1).sum() in (11, 16)  # the rows that nobody wrote
 
 
+def test_a_chunk_before_the_first_touches_nothing(executor: Executor) -> None:
+    case = make(evaluation(5, 16), 75, torch.float32, batch=1)
+    items = torch.from_numpy(schedule_lists([case.plan.starts], 16).items)
+    items[0, 4], items[0, 5] = 5, 9
+    out = Sparse(executor, schedule=items, num_partials=5)(*case)
+    assert out.isnan().view(75, 48).all(dim=-1).sum() in (11, 16)
+
+
 @pytest.mark.parametrize(
     "first, lengths", [((-5, 90), (80, 3)), ((0, 10), (1000, -1)), ((2**31 - 1, 0), (2**31 - 1, 75))]
 )

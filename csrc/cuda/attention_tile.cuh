@@ -2,8 +2,10 @@
 // the warps' parts become the block's. What a row sees of a tile is the caller's: `visible(row, slot, score)`.
 //
 // A block of kWarps warps holds kRows query rows [kRows][kStride] and, in kStages stages, tiles of kKeys slots: keys
-// [kKeys][kStride], then values. Warps share out the rows, 16 each, and the keys of a tile where the rows are fewer
-// than the warps have room for. Scores and sums are fp32, the products' operands are T (fp32 in three TF32 products).
+// [kKeys][kStride], then values. Warps share out the rows, 16 or 32 each, and the keys of a tile where the rows are
+// fewer than the warps have room for. A warp reads a tile's keys once for all of its rows: with 16 of them, by the
+// figures on paper, shared memory gives operands no faster than tensor cores take them. Scores and sums are fp32, the
+// products' operands are T (fp32 in three TF32 products).
 #pragma once
 
 #include <algorithm>
@@ -19,14 +21,17 @@ constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kWarpRows = 16;
 constexpr float kLog2E = 1.44269504088896341f;
 
-// Everything about a tile that the compiler knows. kD: head size rounded up; kRowWarps: warps that share out the rows.
-template <typename T, int kHeadDim, int kRowWarpsOfBlock>
+// Everything about a tile that the compiler knows. kD: head size rounded up; kRowWarps: warps that share out the rows;
+// kRowTiles: of 16 rows, that a warp has.
+template <typename T, int kHeadDim, int kRowWarpsOfBlock, int kRowTilesOfWarp = 1, int kWarpsOfBlock = kWarps>
 struct Tile {
   using Element = T;
   static constexpr int kD = kHeadDim;
   static constexpr int kRowWarps = kRowWarpsOfBlock;
-  static constexpr int kKeyWarps = kWarps / kRowWarps;
-  static constexpr int kRows = kRowWarps * kWarpRows;
+  static constexpr int kRowTiles = kRowTilesOfWarp;
+  static constexpr int kBlockThreads = kWarpsOfBlock * kWarpSize;
+  static constexpr int kKeyWarps = kWarpsOfBlock / kRowWarps;
+  static constexpr int kRows = kRowWarps * kRowTiles * kWarpRows;
   static constexpr bool kIsLarge = kD > 128 || (sizeof(T) == 4 && kD > 64 && kRowWarps == 4);
   static constexpr int kKeys = (sizeof(T) == 2 ? 64 : 32) / (kIsLarge ? 2 : 1);
   static constexpr int kWarpKeys = kKeys / kKeyWarps;
@@ -59,15 +64,16 @@ __device__ __forceinline__ void copy_pack(Shared<T> to, const T* from, bool is_t
   for (int i = 0; i < N; i++) to[i] = is_there ? from[i] : T{};
 }
 
-// A warp's rows: lane 4 g + t holds of rows g and g + 8 (index 0 and 1) the columns 8 n + 2 t and the next of tile n.
+// A warp's rows: lane 4 g + t holds of rows 16 m + g and 16 m + g + 8 (index 2 m and 2 m + 1) the columns 8 n + 2 t and
+// the next of tile n.
 template <typename C>
 struct WarpState {
-  RowState rows[2];
-  float sums[C::kD / 8][4];
+  RowState rows[2 * C::kRowTiles];
+  float sums[C::kRowTiles][C::kD / 8][4];
 };
 
 // One tile of keys, those of this warp: scores, softmax so far, sums. `q` is the warp's own rows; the tile begins with
-// slot `first`. visible(row, slot, score) is the score of the lane's row 0 or 1, -inf where it does not see the slot;
+// slot `first`. visible(row, slot, score) is the score of the lane's row `row`, -inf where it does not see the slot;
 // probabilities are 2^((score - maximum) factor).
 template <typename C, typename Visible>
 __device__ __forceinline__ void attend_tile(WarpState<C>& state, Shared<typename C::Element> q,
@@ -82,61 +88,76 @@ __device__ __forceinline__ void attend_tile(WarpState<C>& state, Shared<typename
 
   // Scores of 8 keys a tile; where a warp has just 8, the second tile of the loaded pair is not used.
   constexpr int kTiles = C::kWarpKeys / 8;
-  float scores[kTiles][4] = {};
+  float scores[C::kRowTiles][kTiles][4] = {};
 #pragma unroll
   for (int d = 0; d < C::kD; d += Product::kDepth) {
-    typename Product::Left a;
-    Product::load_left(a, q + d, C::kStride, lane);
+    typename Product::Left a[C::kRowTiles];
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; m++) {
+      Product::load_left(a[m], q + m * kWarpRows * C::kStride + d, C::kStride, lane);
+    }
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
       typename Product::Right b[2];
       Product::load_right_rows(b, keys + n * 8 * C::kStride + d, C::kStride, lane);
-      Product::multiply(scores[n], a, b[0]);
-      if (n + 1 < kTiles) Product::multiply(scores[n + 1 < kTiles ? n + 1 : n], a, b[1]);
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; m++) {
+        Product::multiply(scores[m][n], a[m], b[0]);
+        if (n + 1 < kTiles) Product::multiply(scores[m][n + 1 < kTiles ? n + 1 : n], a[m], b[1]);
+      }
     }
   }
 
-  // What a row does not see becomes -inf; the largest of each row over the lanes that hold it.
-  float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-  for (int n = 0; n < kTiles; n++) {
+  for (int m = 0; m < C::kRowTiles; m++) {
+    // What a row does not see becomes -inf; the largest of each row over the lanes that hold it.
+    RowState* const rows = state.rows + 2 * m;
+    float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int key = first + own_first + n * 8 + 2 * t + i % 2, row = i / 2;
-      scores[n][i] = visible(row, key, scores[n][i]);
-      largest[row] = fmaxf(largest[row], scores[n][i]);
+    for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int key = first + own_first + n * 8 + 2 * t + i % 2;
+        scores[m][n][i] = visible(2 * m + i / 2, key, scores[m][n][i]);
+        largest[i / 2] = fmaxf(largest[i / 2], scores[m][n][i]);
+      }
     }
-  }
-  float correction[2];
+    float correction[2];
 #pragma unroll
-  for (int row = 0; row < 2; row++) {
-    correction[row] = raise_maximum(state.rows[row], reduce_lanes<Max, 4>(largest[row]), factor);
-  }
+    for (int row = 0; row < 2; row++) {
+      correction[row] = raise_maximum(rows[row], reduce_lanes<Max, 4>(largest[row]), factor);
+    }
 #pragma unroll
-  for (int n = 0; n < C::kD / 8; n++) {
+    for (int n = 0; n < C::kD / 8; n++) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) state.sums[n][i] *= correction[i / 2];
-  }
+      for (int i = 0; i < 4; i++) state.sums[m][n][i] *= correction[i / 2];
+    }
 
-  // Probabilities; a lane's share of the denominators is added up over lanes at the very end.
-  const float subtracted[2] = {subtrahend(state.rows[0].maximum), subtrahend(state.rows[1].maximum)};
+    // Probabilities; a lane's share of the denominators is added up over lanes at the very end.
+    const float subtracted[2] = {subtrahend(rows[0].maximum), subtrahend(rows[1].maximum)};
 #pragma unroll
-  for (int n = 0; n < kTiles; n++) {
+    for (int n = 0; n < kTiles; n++) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      scores[n][i] = probability(scores[n][i], subtracted[i / 2], factor);
-      state.rows[i / 2].denominator += scores[n][i];
+      for (int i = 0; i < 4; i++) {
+        scores[m][n][i] = probability(scores[m][n][i], subtracted[i / 2], factor);
+        rows[i / 2].denominator += scores[m][n][i];
+      }
     }
   }
 #pragma unroll
   for (int step = 0; step < C::kWarpKeys / Product::kDepth; step++) {
-    const typename Product::Left a = Product::left_of(&scores[step * Product::kDepth / 8]);
+    typename Product::Left a[C::kRowTiles];
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; m++) a[m] = Product::left_of(&scores[m][step * Product::kDepth / 8]);
 #pragma unroll
     for (int n = 0; n < C::kD / 8; n += 2) {
       typename Product::Right b[2];
       Product::load_right_columns(b, values + step * Product::kDepth * C::kStride + n * 8, C::kStride, lane);
-      Product::multiply(state.sums[n], a, b[0]);
-      Product::multiply(state.sums[n + 1], a, b[1]);
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; m++) {
+        Product::multiply(state.sums[m][n], a[m], b[0]);
+        Product::multiply(state.sums[m][n + 1], a[m], b[1]);
+      }
     }
   }
 }
@@ -147,8 +168,8 @@ __device__ __forceinline__ void leave_state(WarpState<C>& state, int row_warp, i
                                             Shared<float> states) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int row = 0; row < 2; row++) {
-    const int index = key_warp * C::kRows + row_warp * kWarpRows + g + 8 * row;
+  for (int row = 0; row < 2 * C::kRowTiles; row++) {
+    const int index = key_warp * C::kRows + row_warp * C::kRowTiles * kWarpRows + g + 8 * row;
     const float denominator = reduce_lanes<Sum, 4>(state.rows[row].denominator);
     if (t == 0) {
       states[2 * index] = state.rows[row].maximum;
@@ -157,7 +178,9 @@ __device__ __forceinline__ void leave_state(WarpState<C>& state, int row_warp, i
 #pragma unroll
     for (int n = 0; n < C::kD / 8; n++) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) sums[index * C::kD + n * 8 + 2 * t + i] = state.sums[n][2 * row + i];
+      for (int i = 0; i < 2; i++) {
+        sums[index * C::kD + n * 8 + 2 * t + i] = state.sums[row / 2][n][2 * (row % 2) + i];
+      }
     }
   }
 }

@@ -322,8 +322,8 @@ void run_on_cuda(const BlockSparseAttentionArgs& args, BlockSparseAttentionCudaA
   ALULA_CUDA_CALL(plan = block_sparse_attention_cuda_plan(args, cuda));
   ALULA_TRACE_CUDA("block_sparse_attention", args.dtype, "H ", args.num_heads, " D ", args.head_dim, " N ",
                    args.block_size, ", batch ", size_class(cuda.batch), ", ", size_class(args.tokens), " tokens",
-                   args.causal ? ", causal" : "", args.visible ? ", mask" : "", ": ", 16 * plan.row_warps,
-                   " rows a block", plan.num_counters > 0 ? ", long lists over blocks" : "");
+                   args.causal ? ", causal" : "", args.visible ? ", mask" : "", ": ", plan.rows, " rows a block",
+                   plan.num_counters > 0 ? ", long lists over blocks" : "");
   OptionalTensor workspace;
   if (plan.num_counters > 0) {
     workspace = new_tensor({plan.workspace_floats}, ScalarType::Float, place_of(like, "q"));

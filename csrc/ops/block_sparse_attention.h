@@ -80,7 +80,7 @@ struct BlockSparseAttentionCudaArgs {
 };
 
 struct BlockSparseAttentionCudaPlan {
-  int row_warps;
+  int rows;             // of a block of threads
   int64_t block_tiles;  // of a query block
   int64_t num_blocks;   // of threads
   int64_t workspace_floats, num_counters;

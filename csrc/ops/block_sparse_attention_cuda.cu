@@ -19,6 +19,7 @@
 
 #include "core/dispatch.h"
 #include "cuda/attention_tile.cuh"
+#include "cuda/block_sparse_slots.cuh"
 #include "cuda/launch.h"
 #include "cuda/vec.cuh"
 
@@ -26,177 +27,24 @@ namespace alula {
 namespace {
 
 using namespace tiles;
+using Params = BlockSparseParams;
 
-// In the column of a slot: seen by pairs with a global token in them only.
-constexpr int kTokensOnly = 1 << 30;
+// 64 rows of narrow heads are two warps of 32 rows, all others four warps of 16.
+template <typename T, int kHeadDim, int kRowsOfBlock>
+constexpr int kRowTilesOf = sizeof(T) == 2 && kHeadDim == 64 && kRowsOfBlock == 64 ? 2 : 1;
 
-struct Params {
-  BlockSparseAttentionArgs args;
-  BlockSparseAttentionCudaArgs cuda;
-  int block_shift;  // N = 1 << block_shift
-  int block_tiles;  // tiles of a query block
-};
-
-template <typename T, int kHeadDim, int kRowWarpsOfBlock>
-struct Config : Tile<T, kHeadDim, kRowWarpsOfBlock> {
-  using Base = Tile<T, kHeadDim, kRowWarpsOfBlock>;
+template <typename T, int kHeadDim, int kRowsOfBlock, int kTilesOfWarp = kRowTilesOf<T, kHeadDim, kRowsOfBlock>>
+struct Config : Tile<T, kHeadDim, kRowsOfBlock / kWarpRows / kTilesOfWarp, kTilesOfWarp, kWarps / kTilesOfWarp> {
+  using Base = Tile<T, kHeadDim, kRowsOfBlock / kWarpRows / kTilesOfWarp, kTilesOfWarp, kWarps / kTilesOfWarp>;
+  static constexpr int kOwnRows = kTilesOfWarp * kWarpRows;  // of a warp
   static constexpr int kSlotStages = 3;
   static constexpr int kColumnsOffset = Base::kSharedBytes;
   static constexpr int kBiasesOffset = kColumnsOffset + kSlotStages * Base::kKeys * 4;
   static constexpr int kSharedBytes = kBiasesOffset + kSlotStages * Base::kKeys * 4;
   static constexpr int kPartialSize = Base::kRows * (Base::kD + 2);  // floats that a chunk leaves
-  static_assert(Base::kKeys <= kThreads, "a thread describes a slot");
+  static_assert(Base::kKeys <= Base::kBlockThreads, "a thread describes a slot");
   static_assert(kSharedBytes <= 99 * 1024, "every GPU since sm_80 can give a block this much");
 };
-
-// --- who does what -----------------------------------------------------------------------------------------------
-
-struct Item {
-  int batch, head;
-  int grid, end;           // where the blocks of the batch row begin, where its tokens end
-  int first_column, rows;  // of the tile
-  int first_entry, count;  // of the chunk
-  int chunk, num_chunks;   // of the list
-  int64_t partial, step;   // number of the list's first partial, distance to the next
-};
-
-__device__ __forceinline__ int clamped(int x, int least, int most) { return x < least ? least : x > most ? most : x; }
-
-// The item of this block of threads; false where the schedule names what does not exist.
-template <typename C>
-__device__ __forceinline__ bool find_item(const Params& p, Item& item) {
-  const BlockSparseAttentionArgs& args = p.args;
-  const BlockSparseAttentionCudaArgs& cuda = p.cuda;
-  const int batch = static_cast<int>(cuda.batch), heads = static_cast<int>(args.num_heads);
-  const int repeats = (cuda.plan_heads == 1 ? heads : 1) * (cuda.plan_batches == 1 ? batch : 1);
-  int64_t rest = blockIdx.x;
-  const int tile = static_cast<int>(rest % p.block_tiles);
-  rest /= p.block_tiles;
-  const int repeat = static_cast<int>(rest % repeats);
-  const int64_t number = rest / repeats;
-  const int32_t* row = cuda.schedule + number * kScheduleColumns;
-  const int list = row[0], block = row[1];
-  item.head = cuda.plan_heads == 1 ? repeat % heads : list % static_cast<int>(cuda.plan_heads);
-  item.batch =
-      cuda.plan_batches == 1 ? repeat / (cuda.plan_heads == 1 ? heads : 1) : list / static_cast<int>(cuda.plan_heads);
-  item.first_entry = row[2], item.count = row[3], item.chunk = row[4], item.num_chunks = row[5];
-  const bool is_there = list >= 0 && list < cuda.plan_batches * cuda.plan_heads && block >= 0 &&
-                        block < cuda.num_blocks && item.count >= 0 && item.first_entry >= 0 &&
-                        item.first_entry + static_cast<int64_t>(item.count) <= cuda.num_entries && item.chunk >= 0 &&
-                        item.chunk < item.num_chunks &&
-                        (item.num_chunks == 1 || number - item.chunk + item.num_chunks <= cuda.num_partials);
-  if (!is_there) return false;
-  const int tokens = static_cast<int>(args.tokens), size = 1 << p.block_shift;
-  item.grid = cuda.first == nullptr ? 0 : clamped(cuda.first[item.batch], 0, tokens);
-  item.end = cuda.lengths == nullptr ? tokens : item.grid + clamped(cuda.lengths[item.batch], 0, tokens - item.grid);
-  item.first_column = item.grid + (block << p.block_shift) + tile * C::kRows;
-  item.rows = size < C::kRows ? size : C::kRows;
-  item.step = static_cast<int64_t>(repeats) * p.block_tiles;
-  item.partial = (number - item.chunk) * item.step + static_cast<int64_t>(repeat) * p.block_tiles + tile;
-  return true;
-}
-
-__device__ __forceinline__ bool is_token(const Params& p, const Item& item, int column) {
-  return column < item.end && (p.args.visible == nullptr || p.args.visible[item.batch * p.args.tokens + column] != 0);
-}
-
-__device__ __forceinline__ bool is_global(const Params& p, const Item& item, int column) {
-  if (p.args.global_tokens == nullptr || column < 0) return false;
-  return p.args.global_tokens[item.batch * p.args.global_stride + column - item.grid] != 0;
-}
-
-// --- tiles of slots ----------------------------------------------------------------------------------------------
-
-struct TileFacts {
-  bool is_seen;    // by a row of the block of threads
-  bool is_marked;  // some rows see some of its slots only
-};
-
-// Facts of the tile that begins with slot `first`. The same for all threads: each looks the entries up for itself.
-template <typename C>
-__device__ __forceinline__ TileFacts facts_of(const Params& p, const Item& item, int first, int last_column) {
-  const int size = 1 << p.block_shift, run = size < C::kKeys ? size : C::kKeys;
-  TileFacts facts = {false, false};
-  for (int slot = first; slot < first + C::kKeys; slot += run) {
-    const int index = slot >> p.block_shift;
-    if (index >= item.count) break;
-    const int32_t* entry = p.args.entries + 2 * static_cast<int64_t>(item.first_entry + index);
-    const int block = entry[0];
-    const bool exists = block >= 0 && block < p.cuda.num_blocks;
-    const int begin = item.grid + (exists ? block << p.block_shift : 0) + (slot & (size - 1));
-    if (!exists || (begin < item.end && (!p.args.causal || begin <= last_column))) facts.is_seen = true;
-    if (entry[1] == 0 || (p.args.causal && begin + run - 1 > item.first_column)) facts.is_marked = true;
-  }
-  return facts;
-}
-
-// The next tile from slot `first` on that somebody sees; `past` where there is none.
-template <typename C>
-__device__ __forceinline__ int next_tile(const Params& p, const Item& item, int first, int past, int last_column,
-                                         bool& is_marked) {
-  for (; first < past; first += C::kKeys) {
-    const TileFacts facts = facts_of<C>(p, item, first, last_column);
-    is_marked = facts.is_marked;
-    if (facts.is_seen) return first;
-  }
-  return past;
-}
-
-// Column (negative: nobody sees it) and bias of the tile's slots. An entry that does not exist makes NaN.
-template <typename C>
-__device__ __forceinline__ void describe_slots(const Params& p, const Item& item, int first, Shared<int> columns,
-                                               Shared<float> biases) {
-  const int thread = static_cast<int>(threadIdx.x), index = (first + thread) >> p.block_shift;
-  if (thread >= C::kKeys) return;
-  int column = -1;
-  float bias = -INFINITY;
-  if (index < item.count) {
-    const int32_t* entry = p.args.entries + 2 * static_cast<int64_t>(item.first_entry + index);
-    const int block = entry[0], count = entry[1];
-    const int at = (first + thread) & ((1 << p.block_shift) - 1);
-    if (block < 0 || block >= p.cuda.num_blocks || count < 0) {
-      bias = NAN;
-    } else if (const int key = item.grid + (block << p.block_shift) + at; is_token(p, item, key)) {
-      column = count == 0 ? key | kTokensOnly : key;
-      bias = count > 1 ? logf(static_cast<float>(count)) : 0.0f;
-    }
-  }
-  columns[thread] = column;
-  biases[thread] = bias;
-}
-
-// Keys and values of the described slots; zeros where nobody sees them, and in the columns after D.
-template <typename C>
-__device__ __forceinline__ void load_slots(const Params& p, const typename C::Element* k, const typename C::Element* v,
-                                           Shared<int> columns, Shared<typename C::Element> stage) {
-  using T = typename C::Element;
-  constexpr int kPacks = C::kD / C::kPack;
-  const int head_dim = static_cast<int>(p.args.head_dim);
-  for (int i = static_cast<int>(threadIdx.x); i < C::kKeys * 2 * kPacks; i += kThreads) {
-    const int slot = i / (2 * kPacks), half = i / kPacks % 2, at = i % kPacks * C::kPack;
-    const int column = columns[slot];
-    const bool is_there = column >= 0 && at < head_dim;
-    const int64_t key = is_there ? column & ~kTokensOnly : 0;
-    const T* from = half == 0 ? k + key * p.args.k_strides[2] : v + key * p.args.v_strides[2];
-    copy_pack<T, C::kPack>(stage + half * C::kKeyTileSize + slot * C::kStride + at, from + (is_there ? at : 0),
-                           is_there, p.cuda.are_keys_even);
-  }
-}
-
-template <typename C>
-__device__ __forceinline__ void load_rows(const Params& p, const Item& item, Shared<int> rows,
-                                          Shared<typename C::Element> q) {
-  using T = typename C::Element;
-  constexpr int kPacks = C::kD / C::kPack;
-  const int head_dim = static_cast<int>(p.args.head_dim);
-  for (int i = static_cast<int>(threadIdx.x); i < C::kRows * kPacks; i += kThreads) {
-    const int row = i / kPacks, at = i % kPacks * C::kPack, column = rows[row];
-    const bool is_there = column >= 0 && at < head_dim;
-    const int64_t token = item.batch * p.args.tokens + (is_there ? column : 0);
-    const T* from = static_cast<const T*>(p.args.q) + (token * p.args.num_heads + item.head) * head_dim;
-    copy_pack<T, C::kPack>(q + row * C::kStride + at, from + (is_there ? at : 0), is_there, p.cuda.is_query_even);
-  }
-}
 
 // --- results -----------------------------------------------------------------------------------------------------
 
@@ -221,7 +69,7 @@ __device__ __forceinline__ float row_factor(const Params& p, const Item& item, f
 template <typename C, typename StateOf, typename SumsOf, typename Done>
 __device__ __forceinline__ void merge_rows(const Params& p, int count, const StateOf& state_of, const SumsOf& sums_of,
                                            const Done& done) {
-  for (int i = static_cast<int>(threadIdx.x); i < C::kRows * (C::kD / 4); i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < C::kRows * (C::kD / 4); i += C::kBlockThreads) {
     const int row = i / (C::kD / 4), column = i % (C::kD / 4) * 4;
     if (column >= p.args.head_dim) continue;
     const RowState whole = merged(
@@ -257,24 +105,25 @@ __device__ __forceinline__ void write_warp(const Params& p, const Item& item, Wa
                                            Shared<int> rows, Shared<typename C::Element> q) {
   using T = typename C::Element;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
-  const Shared<T> own = q + row_warp * kWarpRows * C::kStride;
+  const Shared<T> own = q + row_warp * C::kOwnRows * C::kStride;
 #pragma unroll
-  for (int row = 0; row < 2; row++) {
-    const bool is_there = rows[row_warp * kWarpRows + g + 8 * row] >= 0;
+  for (int row = 0; row < 2 * C::kRowTiles; row++) {
+    const bool is_there = rows[row_warp * C::kOwnRows + g + 8 * row] >= 0;
     const float factor = row_factor(p, item, reduce_lanes<Sum, 4>(state.rows[row].denominator));
 #pragma unroll
     for (int n = 0; n < C::kD / 8; n++) {
       Pack<T, 2> pair;
 #pragma unroll
-      for (int i = 0; i < 2; i++) pair.values[i] = from_float<T>(is_there ? state.sums[n][2 * row + i] * factor : 0.0f);
+      for (int i = 0; i < 2; i++)
+        pair.values[i] = from_float<T>(is_there ? state.sums[row / 2][n][2 * (row % 2) + i] * factor : 0.0f);
       shared_cast<Pack<T, 2>>(own + (g + 8 * row) * C::kStride + n * 8 + 2 * t)[0] = pair;
     }
   }
   __syncwarp();
   constexpr int kPacks = C::kD / C::kPack;
-  for (int i = lane; i < kWarpRows * kPacks; i += kWarpSize) {
+  for (int i = lane; i < C::kOwnRows * kPacks; i += kWarpSize) {
     const int row = i / kPacks, column = i % kPacks * C::kPack;
-    T* out = column < p.args.head_dim ? output_of<T>(p, item, row_warp * kWarpRows + row) : nullptr;
+    T* out = column < p.args.head_dim ? output_of<T>(p, item, row_warp * C::kOwnRows + row) : nullptr;
     if (out == nullptr) continue;
     const Pack<T, C::kPack> pack = shared_cast<Pack<T, C::kPack>>(own + row * C::kStride + column)[0];
     *reinterpret_cast<Pack<T, C::kPack>*>(out + column) = pack;
@@ -291,8 +140,8 @@ template <typename C>
 __device__ __forceinline__ void leave_partial(WarpState<C>& state, int row_warp, float* partial) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int row = 0; row < 2; row++) {
-    const int index = row_warp * kWarpRows + g + 8 * row;
+  for (int row = 0; row < 2 * C::kRowTiles; row++) {
+    const int index = row_warp * C::kOwnRows + g + 8 * row;
     const float denominator = reduce_lanes<Sum, 4>(state.rows[row].denominator);
     if (t == 0) {
       partial[C::kRows * C::kD + 2 * index] = state.rows[row].maximum;
@@ -300,7 +149,7 @@ __device__ __forceinline__ void leave_partial(WarpState<C>& state, int row_warp,
     }
 #pragma unroll
     for (int n = 0; n < C::kD / 8; n++) {
-      const Pack<float, 2> pair = {{state.sums[n][2 * row], state.sums[n][2 * row + 1]}};
+      const Pack<float, 2> pair = {{state.sums[row / 2][n][2 * (row % 2)], state.sums[row / 2][n][2 * (row % 2) + 1]}};
       *reinterpret_cast<Pack<float, 2>*>(partial + index * C::kD + n * 8 + 2 * t) = pair;
     }
   }
@@ -309,7 +158,7 @@ __device__ __forceinline__ void leave_partial(WarpState<C>& state, int row_warp,
 // --- the kernel --------------------------------------------------------------------------------------------------
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads, 1) block_sparse_attention_kernel(Params p) {
+__global__ void __launch_bounds__(C::kBlockThreads, 1) block_sparse_attention_kernel(Params p) {
   using T = typename C::Element;
   const Shared<T> q = dynamic_shared<T>();
   const Shared<T> stages = dynamic_shared<T>(C::kQueryBytes);
@@ -334,18 +183,18 @@ __global__ void __launch_bounds__(kThreads, 1) block_sparse_attention_kernel(Par
   last_column = static_cast<int>(reduce_block<Max>(static_cast<float>(last_column), scratch));
   if (last_column < 0) {
     if (item.chunk > 0) return;
-    for (int i = thread; i < C::kRows * (C::kD / 4); i += kThreads) {
+    for (int i = thread; i < C::kRows * (C::kD / 4); i += C::kBlockThreads) {
       const int row = i / (C::kD / 4), column = i % (C::kD / 4) * 4;
       if (column < p.args.head_dim) write_row<C>(p, item, rows, row, column, {}, {});
     }
     return;
   }
   load_rows<C>(p, item, rows, q);
-  int own_columns[2];
-  bool are_global[2];
+  int own_columns[2 * C::kRowTiles];
+  bool are_global[2 * C::kRowTiles];
 #pragma unroll
-  for (int row = 0; row < 2; row++) {
-    own_columns[row] = rows[row_warp * kWarpRows + lane / 4 + 8 * row];
+  for (int row = 0; row < 2 * C::kRowTiles; row++) {
+    own_columns[row] = rows[row_warp * C::kOwnRows + lane / 4 + 8 * row];
     are_global[row] = is_global(p, item, own_columns[row]);
   }
 
@@ -385,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 1) block_sparse_attention_kernel(Par
                         (column == key || are_global[row] || is_global(p, item, column));
       return sees ? biased : -INFINITY;
     };
-    attend_tile<C>(state, q + row_warp * kWarpRows * C::kStride, stages + i % C::kStages * kStageSize, 0, key_warp,
+    attend_tile<C>(state, q + row_warp * C::kOwnRows * C::kStride, stages + i % C::kStages * kStageSize, 0, key_warp,
                    kLog2E, visible);
     __syncthreads();  // nobody reads it any more
     tile = next, next = later;
@@ -393,6 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1) block_sparse_attention_kernel(Par
   }
   copy_async_wait<0>();
   __syncthreads();
+  let_next_kernel_start();  // it fetches its weights meanwhile
 
   // --- the warps' parts become the block's: results of a whole list, a partial of a chunk ---
   const bool is_whole = item.num_chunks == 1;
@@ -442,32 +292,35 @@ __global__ void __launch_bounds__(kThreads, 1) block_sparse_attention_kernel(Par
 
 int head_dim_bucket(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
-// Warps that share out rows. Heads of 256 leave room for two in shared memory.
-int row_warps_for(int64_t head_dim, int64_t block_size) {
-  if (head_dim_bucket(head_dim) == 256) return 2;
-  return block_size >= 64 ? 4 : static_cast<int>(block_size) / kWarpRows;
+// Query rows of a block of threads. Heads of 256 leave room for 32 in shared memory.
+int rows_for(int64_t head_dim, int64_t block_size) {
+  if (head_dim_bucket(head_dim) == 256) return 32;
+  return static_cast<int>(std::min<int64_t>(block_size, 64));
 }
 
-template <typename T, int kD, int kRowWarps>
+template <typename T, int kD, int kRows>
 void attend(const Params& p, int64_t blocks, const CudaStream& stream) {
-  using C = Config<T, kD, kRowWarps>;
+  using C = Config<T, kD, kRows>;
   launch("block_sparse_attention_kernel", block_sparse_attention_kernel<C>,
-         {.blocks = {blocks}, .threads = kThreads, .shared_bytes = C::kSharedBytes, .starts_before_previous = true},
+         {.blocks = {blocks},
+          .threads = C::kBlockThreads,
+          .shared_bytes = C::kSharedBytes,
+          .starts_before_previous = true},
          stream, p);
 }
 
 template <typename T, int kD>
-void attend_width(const Params& p, int row_warps, int64_t blocks, const CudaStream& stream) {
+void attend_width(const Params& p, int rows, int64_t blocks, const CudaStream& stream) {
   if constexpr (kD == 256) {
-    attend<T, kD, 2>(p, blocks, stream);
+    attend<T, kD, 32>(p, blocks, stream);
   } else {
-    switch (row_warps) {
-      case 1:
-        return attend<T, kD, 1>(p, blocks, stream);
-      case 2:
-        return attend<T, kD, 2>(p, blocks, stream);
+    switch (rows) {
+      case 16:
+        return attend<T, kD, 16>(p, blocks, stream);
+      case 32:
+        return attend<T, kD, 32>(p, blocks, stream);
       default:
-        return attend<T, kD, 4>(p, blocks, stream);
+        return attend<T, kD, 64>(p, blocks, stream);
     }
   }
 }
@@ -477,30 +330,30 @@ void attend_width(const Params& p, int row_warps, int64_t blocks, const CudaStre
 BlockSparseAttentionCudaPlan block_sparse_attention_cuda_plan(const BlockSparseAttentionArgs& args,
                                                               const BlockSparseAttentionCudaArgs& cuda) {
   BlockSparseAttentionCudaPlan plan;
-  plan.row_warps = row_warps_for(args.head_dim, args.block_size);
-  const int64_t rows = plan.row_warps * kWarpRows;
-  plan.block_tiles = std::max<int64_t>(1, args.block_size / rows);
+  plan.rows = rows_for(args.head_dim, args.block_size);
+  plan.block_tiles = std::max<int64_t>(1, args.block_size / plan.rows);
   const int64_t repeats =
       (cuda.plan_heads == 1 ? args.num_heads : 1) * (cuda.plan_batches == 1 ? cuda.batch : 1) * plan.block_tiles;
   plan.num_blocks = cuda.num_items * repeats;
   plan.num_counters = cuda.num_partials * repeats;
-  plan.workspace_floats = plan.num_counters * rows * (head_dim_bucket(args.head_dim) + 2);
+  plan.workspace_floats = plan.num_counters * plan.rows * (head_dim_bucket(args.head_dim) + 2);
   return plan;
 }
 
 void block_sparse_attention_cuda(const BlockSparseAttentionArgs& args, const BlockSparseAttentionCudaArgs& cuda,
                                  const BlockSparseAttentionCudaPlan& plan, const CudaStream& stream) {
+  ALULA_CHECK(args.tokens < (1 << 24), "q has ", args.tokens, " tokens; accepted: below 2^24");
   Params p = {args, cuda, 0, static_cast<int>(plan.block_tiles)};
   while (1 << p.block_shift < args.block_size) p.block_shift++;
   dispatch_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     switch (head_dim_bucket(args.head_dim)) {
       case 64:
-        return attend_width<T, 64>(p, plan.row_warps, plan.num_blocks, stream);
+        return attend_width<T, 64>(p, plan.rows, plan.num_blocks, stream);
       case 128:
-        return attend_width<T, 128>(p, plan.row_warps, plan.num_blocks, stream);
+        return attend_width<T, 128>(p, plan.rows, plan.num_blocks, stream);
       default:
-        return attend_width<T, 256>(p, plan.row_warps, plan.num_blocks, stream);
+        return attend_width<T, 256>(p, plan.rows, plan.num_blocks, stream);
     }
   });
 }
