@@ -1,9 +1,9 @@
-"""The ops' CUDA kernels in the host executor, with the arguments of alula.ops (weights plain [N, K])."""
+"""The ops' CUDA kernels in the host executor, with the arguments of alula.ops (dense weights plain [N, K])."""
 
 from __future__ import annotations
 
 import torch
-from alula.ops import ACTIVATIONS
+from alula.ops import ACTIVATIONS, PackedWeight
 from alula.testing import reference
 from simt_process import DTYPES, Executor
 from torch import Tensor
@@ -30,10 +30,12 @@ def padded_rows(weight: Tensor) -> Tensor:
 
 
 class Ops:
-    """One executor and the order in which it runs threads."""
+    """One executor, the order in which it runs threads, and how many multiprocessors the GPU that is played has (which
+    decides how quantized products are cut up). `plan`: of the last of these, (is few rows, is large, splits)."""
 
-    def __init__(self, executor: Executor, order: str = "forward") -> None:
-        self.executor, self.order = executor, order
+    def __init__(self, executor: Executor, order: str = "forward", num_multiprocessors: int = 1) -> None:
+        self.executor, self.order, self.num_multiprocessors = executor, order, num_multiprocessors
+        self.plan: tuple[int, int, int] | None = None
 
     def call(self, op: str, results: tuple[str, ...], **values: object) -> dict[str, Tensor]:
         return self.executor.call(op, results=results, order=self.order, **values)
@@ -129,7 +131,7 @@ class Ops:
     def embedding(
         self,
         input_ids: Tensor,
-        table: Tensor,
+        table: Tensor | PackedWeight,
         *,
         position_ids: Tensor | None = None,
         position_table: Tensor | None = None,
@@ -139,7 +141,9 @@ class Ops:
         faults: Tensor | None = None,
     ) -> Tensor:
         """`faults`: int64 [3, 2], zeros; gets (id, limit) of a wrong input id, position and token type."""
-        packed = padded_rows(table)
+        is_packed = isinstance(table, PackedWeight)
+        packed = table.data if is_packed else padded_rows(table)
+        num_embeddings, width = table[1:3] if is_packed else table.shape
         noted = torch.zeros(3, 2, dtype=torch.int64) if faults is None else faults
         results = self.call(
             "embedding",
@@ -147,9 +151,10 @@ class Ops:
             faults=noted,
             input_ids=input_ids,
             table=packed,
+            format=table.code if is_packed else 0,
             table_stride=packed.shape[1],
-            num_embeddings=table.shape[0],
-            width=table.shape[1],
+            num_embeddings=num_embeddings,
+            width=width,
             position_ids=position_ids,
             position_period=1 if position_ids is None else position_ids.numel(),
             position_table=position_table,
@@ -160,22 +165,67 @@ class Ops:
             scale=float(scale),
             tokens=input_ids.numel(),
             dtype=DTYPES[table.dtype],
-            out=new_result((*input_ids.shape, table.shape[1]), table.dtype),
+            out=new_result((*input_ids.shape, width), table.dtype),
         )
         noted.copy_(results["faults"])
         assert faults is not None or not noted.any(), f"wrong ids: {noted.tolist()}"
         return results["out"]
 
-    def _product(
+    def dequantize_weight(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+        return self.call(
+            "dequantize_weight",
+            ("out",),
+            packed=packed.data,
+            format=packed.code,
+            n=packed.out_features,
+            k=packed.in_features,
+            dtype=DTYPES[dtype],
+            out=new_result((packed.out_features, packed.in_features), dtype),
+        )["out"]
+
+    def _quantized_product(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: PackedWeight,
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         norm_eps: float,
     ) -> dict[str, object]:
-        """What every product takes. Beyond MAX_FEW_ROWS rows the product itself comes from PyTorch, as "product"."""
+        rows = x.numel() // x.shape[-1] if x.numel() else 0
+        if rows > MAX_FEW_ROWS and norm_weight is not None:
+            x = reference.layer_norm(x, norm_weight, norm_bias, norm_eps).to(x.dtype)
+            norm_weight = norm_bias = None
+        return {
+            "x": x,
+            "weight": weight.data,
+            "format": weight.code,
+            "bias": bias,
+            "norm_weight": norm_weight,
+            "norm_bias": norm_bias,
+            "norm_eps": norm_eps,
+            "m": rows,
+            "n": weight.out_features,
+            "k": weight.in_features,
+            "dtype": DTYPES[x.dtype],
+            "few_rows": rows <= MAX_FEW_ROWS,
+            "num_multiprocessors": self.num_multiprocessors,
+            "plan": integers(-1, -1, -1),
+        }
+
+    def _product(
+        self,
+        x: Tensor,
+        weight: Tensor | PackedWeight,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm_eps: float,
+    ) -> dict[str, object]:
+        """What every product takes. Beyond MAX_FEW_ROWS rows that with a dense weight comes from PyTorch, as
+        "product"."""
+        if isinstance(weight, PackedWeight):
+            return self._quantized_product(x, weight, bias, norm_weight, norm_bias, norm_eps)
         rows = x.numel() // x.shape[-1] if x.numel() else 0
         values: dict[str, object] = {
             "bias": bias,
@@ -193,10 +243,17 @@ class Ops:
             x = reference.layer_norm(x, norm_weight, norm_bias, norm_eps).to(x.dtype)
         return {**values, "product": (x.double() @ weight.double().T).to(x.dtype).view(rows, -1)}
 
+    def _call_product(self, op: str, results: tuple[str, ...], **values: object) -> dict[str, Tensor]:
+        if "plan" not in values:
+            return self.call(op, results, **values)
+        out = self.call(op, (*results, "plan"), **values)
+        self.plan = tuple(out.pop("plan").tolist())
+        return out
+
     def linear(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | PackedWeight,
         bias: Tensor | None = None,
         *,
         norm_weight: Tensor | None = None,
@@ -206,9 +263,9 @@ class Ops:
         residual: Tensor | None = None,
     ) -> Tensor:
         values = self._product(x, weight, bias, norm_weight, norm_bias, norm_eps)
-        out = new_result((*x.shape[:-1], weight.shape[0]), x.dtype)
+        out = new_result((*x.shape[:-1], values["n"]), x.dtype)
         product = values.pop("product", None)
-        return self.call(
+        return self._call_product(
             "linear",
             ("out",),
             out=out if product is None else product.view(out.shape),
@@ -220,7 +277,7 @@ class Ops:
     def qkv_projection(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | PackedWeight,
         bias: Tensor | None = None,
         *,
         num_heads: int,
@@ -241,7 +298,7 @@ class Ops:
         results = {"q": new_result((batch, tokens, num_heads, head_dim), x.dtype), "kv_cache": kv_cache}
         if mlp is not None:
             results["mlp"] = mlp
-        out = self.call(
+        out = self._call_product(
             "qkv_projection",
             tuple(results),
             tokens=tokens,

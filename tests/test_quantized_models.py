@@ -16,6 +16,7 @@ import big_bird_cases
 import decoder_cases
 import pytest
 import torch
+from alula.models.layers import _OnDevice
 from alula.models.quantizing import matrices
 from alula.testing.quantized import dequantize
 from decoder_cases import LANGUAGE_MODELS, alula_model, hf_model, random_ids, worst
@@ -326,3 +327,25 @@ def test_loading_peaks_below_the_quantized_size_and_one_tensor(tmp_path: Path, n
     # 40 MB: the code of the modules that loading imports, and the parts of a tensor that errors are measured on.
     assert total < grown < total + largest + 40e6, f"{grown / 1e6:.0f} MB for {total / 1e6:.0f} MB"
     assert dense > 1.8 * total
+
+
+def test_layers_that_share_a_matrix_share_its_copy_on_a_device() -> None:
+    """As `model.to` needs it: merged matrices stay one. The device is torch's "meta", which every machine has."""
+    copies, meta, matrix = _OnDevice(), torch.device("meta"), torch.zeros(3)
+    first = copies.copy(matrix, meta)
+    assert first.device == meta
+    assert copies.copy(torch.zeros(3), meta) is not first
+    assert copies.copy(matrix, meta) is first
+    assert copies.copy(matrix, torch.device("cpu")) is matrix
+    assert copies.copy(first, meta) is first
+
+
+def test_quantized_bytes_and_errors_stay_when_the_dtype_changes() -> None:
+    model = fresh("CodeGenForCausalLM").quantize("int4")
+    before, report = [m.stored().data for m in matrices(model) if m.is_quantized], model.quantization_report()
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    for data, matrix in zip(before, [m for m in matrices(model) if m.is_quantized], strict=True):
+        assert matrix.stored().data is data
+    errors = [row.relative_error for row in model.quantization_report().rows]
+    assert errors == [row.relative_error for row in report.rows]

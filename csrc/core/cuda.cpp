@@ -6,6 +6,8 @@
 #include <mutex>
 #include <tuple>
 
+#include "core/trace.h"
+#include "cpu/panel_gemm_parallel.h"
 #include "ops/layer_norm.h"
 
 // Torch's own, in libtorch_cuda.so: absent on a CPU-only torch, where this library loads all the same.
@@ -55,28 +57,52 @@ int32_t checked_gpu([[maybe_unused]] const Tensor& t) {
 
 CudaScope::CudaScope(const Tensor& t) : guard_(checked_gpu(t)), stream_(current_stream(t.get_device_index())) {}
 
-Tensor library_product(const PanelGemmArgs& gemm, const Tensor& x, const Tensor& weight,
-                       [[maybe_unused]] const CudaScope& scope) {
-  Tensor rows = torch::stable::reshape(x, {gemm.m, gemm.k});
-  if (gemm.norm_weight != nullptr) {
-    const Tensor normed = new_tensor({gemm.m, gemm.k}, x.scalar_type(), place_of(x, "x"));
-    [[maybe_unused]] const LayerNormArgs args = {
-        .dtype = gemm.dtype,
-        .x = gemm.x,
-        .residual = nullptr,
-        .weight = gemm.norm_weight,
-        .bias = gemm.norm_bias,
-        .out = normed.mutable_data_ptr(),
-        .width = gemm.k,
-        .eps = gemm.norm_eps,
-        .writes_past_caches = false,
-    };
-    ALULA_CUDA_CALL(layer_norm_cuda(args, gemm.m, scope.stream()));
-    rows = normed;
-  }
+Tensor normed_rows(const PanelGemmArgs& gemm, const Tensor& x, [[maybe_unused]] const CudaScope& scope) {
+  if (gemm.norm_weight == nullptr) return torch::stable::reshape(x, {gemm.m, gemm.k});
+  const Tensor normed = new_tensor({gemm.m, gemm.k}, x.scalar_type(), place_of(x, "x"));
+  [[maybe_unused]] const LayerNormArgs args = {
+      .dtype = gemm.dtype,
+      .x = gemm.x,
+      .residual = nullptr,
+      .weight = gemm.norm_weight,
+      .bias = gemm.norm_bias,
+      .out = normed.mutable_data_ptr(),
+      .width = gemm.k,
+      .eps = gemm.norm_eps,
+      .writes_past_caches = false,
+  };
+  ALULA_CUDA_CALL(layer_norm_cuda(args, gemm.m, scope.stream()));
+  return normed;
+}
+
+Tensor library_product(const PanelGemmArgs& gemm, const Tensor& x, const Tensor& weight, const CudaScope& scope) {
+  const Tensor rows = normed_rows(gemm, x, scope);
   Tensor plain = weight;
   plain = torch::stable::narrow(plain, 1, 0, gemm.k);
   return torch::stable::matmul(rows, torch::stable::transpose(plain, 0, 1));
+}
+
+PreparedQuantized prepare_quantized(const char* op, PanelGemmArgs& gemm, const Tensor& x, const CudaScope& scope) {
+  const QuantizedPlan plan = quantized_plan(gemm, scope.stream().device->num_multiprocessors);
+  const int group = gemm.format.group_size;
+  ALULA_TRACE_CUDA(op, gemm.dtype, size_class(gemm.m), " rows, ", gemm.k, " -> ", gemm.n,
+                   gemm.norm_weight ? ", layer norm, " : ", ", kind_name(gemm.format.kind),
+                   group ? " groups of " + std::to_string(group) : "", " weight, activations as they are: ",
+                   !plan.is_few      ? plan.is_large ? "large tiles" : "small tiles"
+                   : plan.splits > 1 ? "one kernel, K over " + std::to_string(plan.splits) + " blocks"
+                                     : "one kernel");
+  PreparedQuantized prepared = {plan, {}, std::nullopt, std::nullopt};
+  if (plan.splits > 1) {
+    prepared.workspace = new_tensor({plan.workspace_floats}, ScalarType::Float, place_of(x, "x"));
+    prepared.work = {static_cast<float*>(prepared.workspace->mutable_data_ptr()),
+                     zeroed_counters(x, scope, plan.num_counters)};
+  }
+  if (!plan.is_few && gemm.norm_weight != nullptr) {
+    prepared.normed = normed_rows(gemm, x, scope);
+    gemm.x = prepared.normed->const_data_ptr();
+    gemm.norm_weight = gemm.norm_bias = nullptr;
+  }
+  return prepared;
 }
 
 uint32_t* zeroed_counters(const Tensor& like, const CudaScope& scope, int64_t count) {

@@ -6,6 +6,7 @@
 #include "core/tensor.h"
 #include "cpu/panel_gemm_args.h"
 #include "cuda/device.h"
+#include "cuda/quantized_product.h"
 
 namespace alula {
 
@@ -21,12 +22,25 @@ class CudaScope {
   CudaStream stream_;
 };
 
+// layer_norm(x), [M, K], or x where there is none. x is contiguous.
+Tensor normed_rows(const PanelGemmArgs& gemm, const Tensor& x, const CudaScope& scope);
+
 // layer_norm(x) W^T by torch's own product, [M, N]: for more rows than alula has a kernel for. x is contiguous.
 Tensor library_product(const PanelGemmArgs& gemm, const Tensor& x, const Tensor& weight, const CudaScope& scope);
 
 // At least `count` counters that are zero and that each kernel of the scope's stream leaves zero. A captured graph has
 // its own, which it sets to zero itself.
 uint32_t* zeroed_counters(const Tensor& like, const CudaScope& scope, int64_t count);
+
+// What a launch with a quantized weight needs beside the op's arguments, and the tensors that it points into.
+struct PreparedQuantized {
+  QuantizedPlan plan;
+  QuantizedWork work;
+  OptionalTensor workspace, normed;
+};
+
+// Plans the product; norms many rows, of which `gemm` then has no norm. `op` is for the trace.
+PreparedQuantized prepare_quantized(const char* op, PanelGemmArgs& gemm, const Tensor& x, const CudaScope& scope);
 
 }  // namespace alula
 

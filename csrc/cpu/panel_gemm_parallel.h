@@ -98,10 +98,6 @@ inline DType check_packed_weight(const Tensor& weight, int64_t out_features, int
   return dtype;
 }
 
-inline void check_not_quantized_on_cuda(Place place) {
-  ALULA_CHECK(!place.is_cuda(), "quantized weights have CPU kernels only; accepted on CUDA: dense weights");
-}
-
 // The format that PackedWeight.code stands for, see WeightFormat.
 inline WeightFormat checked_format(int64_t code) {
   const int64_t kind = code & 15, group = code >> 8;
@@ -116,9 +112,10 @@ inline WeightFormat checked_format(int64_t code) {
   return {k, (code & 16) != 0, static_cast<int>(group)};
 }
 
-inline void check_quantized_weight(const Tensor& weight, WeightFormat format, int64_t out_features,
-                                   int64_t in_features) {
-  check_cpu(weight, "weight");
+// The bytes are the same on every device.
+inline void check_quantized_weight(const Tensor& weight, WeightFormat format, int64_t out_features, int64_t in_features,
+                                   Place place) {
+  check_place(weight, "weight", place);
   check_dtype(weight, "weight", ScalarType::Byte, "a quantized weight");
   ALULA_CHECK(out_features >= 0, "out_features is ", out_features, "; it must not be negative");
   const int64_t bytes = panel_bytes(format, in_features);
@@ -128,6 +125,8 @@ inline void check_quantized_weight(const Tensor& weight, WeightFormat format, in
               out_features, ", ", in_features, "] (out_features, in_features) as ", kind_name(format.kind),
               ", group_size ", format.group_size, ": [", num_panels(out_features), ", ", bytes,
               "]; the tensor is truncated, or goes with another format or another input");
+  ALULA_CHECK(!place.is_cuda() || reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0,
+              "weight does not begin at a multiple of 16 bytes, as CUDA kernels read it; clone() it");
 }
 
 // A weight of either kind, for activations of the dtype of `like`: a dense weight must have it too.
@@ -144,8 +143,7 @@ inline CheckedWeight checked_weight(const Tensor& weight, int64_t format_code, i
     return {dtype, {}};
   }
   const WeightFormat format = checked_format(format_code);
-  check_not_quantized_on_cuda(place);
-  check_quantized_weight(weight, format, out_features, in_features);
+  check_quantized_weight(weight, format, out_features, in_features, place);
   return {value_dtype(like, like_name), format};
 }
 

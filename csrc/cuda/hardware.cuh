@@ -150,6 +150,25 @@ __device__ __forceinline__ uint32_t pair_of<f16>(float low, float high) {
   return y;
 }
 
+// The sums of two pairs, each rounded to T.
+__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b, f16) {
+  uint32_t y;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b, bf16) {
+  uint32_t y;  // sm_80 has no sum of its own
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(0x3f803f80), "r"(b));
+  return y;
+}
+
+// Byte i is byte `selector >> 4 * i` (0 to 7) of b:a, a's first.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
+  return y;
+}
+
 // 2^x, relative error 2^-22; 0 for -inf, inf for inf.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;

@@ -43,8 +43,7 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
     ALULA_CHECK(!out_dtype || *out_dtype == packed.scalar_type(), "dtype is ", name_of(*out_dtype),
                 "; a dense table gives its own, ", name_of(packed.scalar_type()));
   } else {
-    check_not_quantized_on_cuda(place);
-    check_quantized_weight(packed, format, num_embeddings, embedding_dim);
+    check_quantized_weight(packed, format, num_embeddings, embedding_dim, place);
     ALULA_CHECK(out_dtype, "dtype is missing; a quantized table has none, give that of the result");
   }
   const ScalarType scalar_type = out_dtype ? *out_dtype : packed.scalar_type();
@@ -102,7 +101,8 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
   if (place.is_cuda()) {
     if (out.numel() == 0) return out;
     const CudaScope scope(packed);
-    ALULA_TRACE_CUDA("embedding", dtype, size_class(ids.numel()), " tokens, width ", embedding_dim);
+    ALULA_TRACE_CUDA("embedding", dtype, size_class(ids.numel()), " tokens, width ", embedding_dim, ", ",
+                     kind_name(format.kind), " table");
     [[maybe_unused]] EmbeddingTables tables = {packed.size(1), num_embeddings, table ? table->size(0) : 0,
                                                type_table ? type_table->size(0) : 0, nullptr};
     ALULA_CUDA_CALL(tables.faults = id_faults(scope.stream()));

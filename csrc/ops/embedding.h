@@ -33,7 +33,7 @@ ALULA_DECLARE_KERNELS(EmbeddingKernels, kEmbedding)
 
 // The tables as they lie on CUDA, and their rows: what cannot be checked on the host.
 struct EmbeddingTables {
-  int64_t stride;  // elements from row to row of the plain [V, E] (cuda/weight_layout.h)
+  int64_t stride;  // elements from row to row of a dense [V, E] (cuda/weight_layout.h)
   int64_t num_embeddings, num_positions, num_token_types;
   IdFaults* faults;  // where wrong ids are noted (cuda/id_faults.h); may be null
 };

@@ -74,6 +74,11 @@ Tensor linear_on_cuda(LinearArgs& args, const Tensor& x, const Tensor& weight, c
   const PanelGemmArgs& gemm = args.gemm;
   if (gemm.m == 0 || gemm.n == 0) return out;
   const CudaScope scope(x);
+  if (gemm.format.kind != WeightKind::kDense) {
+    [[maybe_unused]] const PreparedQuantized prepared = prepare_quantized("linear", args.gemm, x, scope);
+    ALULA_CUDA_CALL(linear_quantized_cuda(args, prepared.plan, prepared.work, scope.stream()));
+    return out;
+  }
   const bool is_few = gemm.m <= kMaxFewRows;
   ALULA_TRACE_CUDA("linear", gemm.dtype, size_class(gemm.m), " rows, ", gemm.k, " -> ", gemm.n,
                    gemm.norm_weight ? ", layer norm" : "", is_few ? ": one kernel" : ": library product");

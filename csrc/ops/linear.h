@@ -4,6 +4,7 @@
 #include "cpu/isa.h"
 #include "cpu/panel_gemm_args.h"
 #include "cuda/device.h"
+#include "cuda/quantized_product.h"
 
 namespace alula {
 
@@ -23,9 +24,12 @@ struct LinearKernels {
 
 ALULA_DECLARE_KERNELS(LinearKernels, kLinear)
 
-// On CUDA, W as in cuda/weight_layout.h. Up to kMaxFewRows rows:
+// On CUDA, a dense W as in cuda/weight_layout.h. Up to kMaxFewRows rows:
 void linear_few_rows_cuda(const LinearArgs& args, const CudaStream& stream);
 // What follows the product, which is in `out`:
 void linear_epilogue_cuda(const LinearArgs& args, const CudaStream& stream);
+// Quantized weights (their bytes as on the CPU). Rows beyond kMaxFewRows come normed, without norm_weight.
+void linear_quantized_cuda(const LinearArgs& args, const QuantizedPlan& plan, const QuantizedWork& work,
+                           const CudaStream& stream);
 
 }  // namespace alula

@@ -84,11 +84,17 @@ void run_qkv_projection(const QkvProjectionArgs& args) {
 
 namespace {
 
-void run_on_cuda(const QkvProjectionArgs& args, const Tensor& x, const Tensor& weight,
-                 [[maybe_unused]] int64_t num_slots, [[maybe_unused]] int64_t num_rotary_positions) {
+void run_on_cuda(QkvProjectionArgs& args, const Tensor& x, const Tensor& weight, [[maybe_unused]] int64_t num_slots,
+                 [[maybe_unused]] int64_t num_rotary_positions) {
   const PanelGemmArgs& gemm = args.gemm;
   if (gemm.m == 0) return;
   const CudaScope scope(x);
+  if (gemm.format.kind != WeightKind::kDense) {
+    [[maybe_unused]] const PreparedQuantized prepared = prepare_quantized("qkv_projection", args.gemm, x, scope);
+    ALULA_CUDA_CALL(qkv_projection_quantized_cuda(args, num_slots, num_rotary_positions, prepared.plan, prepared.work,
+                                                  scope.stream()));
+    return;
+  }
   const bool is_few = gemm.m <= kMaxFewRows;
   ALULA_TRACE_CUDA("qkv_projection", gemm.dtype, size_class(gemm.m), " rows, ", gemm.k, " -> ", gemm.n,
                    gemm.norm_weight ? ", layer norm" : "", is_few ? ": one kernel" : ": library product");

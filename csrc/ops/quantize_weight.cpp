@@ -1,7 +1,8 @@
 // quantize_weight, dequantize_weight: a plain weight [N, K] to and from a quantized panel order (cpu/weight_format.h).
 //
-// Done once, at load or when a folder is written; portable code, so that the bytes do not depend on the instruction set
-// or on threads. Scales are rounded to their storage type first and codes are chosen for the rounded scale.
+// Done once, at load or when a folder is written; portable code, so that the bytes do not depend on the instruction
+// set, on threads, or on the device: a weight on CUDA is quantized on the CPU and its bytes go back. Scales are rounded
+// to their storage type first and codes are chosen for the rounded scale.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -10,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/cuda.h"
 #include "core/refuse_grad.h"
 #include "core/tensor.h"
 #include "cpu/panel_gemm_args.h"
@@ -17,6 +19,7 @@
 #include "cpu/parallel.h"
 #include "cpu/weight_memory.h"
 #include "ops/quantize_group.h"
+#include "ops/quantize_weight.h"
 
 namespace alula {
 namespace {
@@ -127,7 +130,15 @@ void dequantize_panels(WeightFormat f, const uint8_t* packed, int64_t n, int64_t
 }  // namespace
 
 Tensor quantize_weight(const Tensor& weight, int64_t format_code) {
-  check_cpu(weight, "weight");
+  const Place place = place_of(weight, "weight");
+  if (place.is_cuda()) {
+    Tensor here = new_tensor(weight.sizes(), weight.scalar_type(), Place{});
+    torch::stable::copy_(here, weight);
+    const Tensor packed = quantize_weight(here, format_code);
+    Tensor there = new_tensor(packed.sizes(), ScalarType::Byte, place);
+    torch::stable::copy_(there, packed);
+    return there;
+  }
   ALULA_CHECK(weight.dim() == 2, "weight has shape ", shape_of(weight), "; expected [out_features, in_features]");
   const WeightFormat f = checked_format(format_code);
   ALULA_CHECK(f.kind != WeightKind::kDense, "format is 0 (dense); alula::pack_weight packs dense weights");
@@ -158,10 +169,19 @@ Tensor dequantize_weight(const Tensor& packed, int64_t out_features, int64_t in_
                          ScalarType dtype) {
   const WeightFormat f = checked_format(format_code);
   ALULA_CHECK(f.kind != WeightKind::kDense, "format is 0 (dense); alula::unpack_weight unpacks dense weights");
-  check_quantized_weight(packed, f, out_features, in_features);
+  const Place place = place_of(packed, "packed");
+  check_quantized_weight(packed, f, out_features, in_features, place);
   const bool known = dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   ALULA_CHECK(known, "dtype is ", name_of(dtype), "; accepted: float32, bfloat16, float16");
-  Tensor weight = torch::stable::empty({out_features, in_features}, dtype);
+  Tensor weight = new_tensor({out_features, in_features}, dtype, place);
+  if (place.is_cuda()) {
+    const CudaScope scope(packed);
+    [[maybe_unused]] const DequantizeArgs args = {
+        f, packed.const_data_ptr(), out_features, in_features, value_dtype(weight, "weight"), weight.mutable_data_ptr(),
+    };
+    ALULA_CUDA_CALL(dequantize_weight_cuda(args, scope.stream()));
+    return weight;
+  }
   const auto* panels = static_cast<const uint8_t*>(packed.const_data_ptr());
   void* out = weight.mutable_data_ptr();
   if (dtype == ScalarType::BFloat16) {
@@ -175,6 +195,11 @@ Tensor dequantize_weight(const Tensor& packed, int64_t out_features, int64_t in_
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {
+  m.impl("quantize_weight", ALULA_BOX(quantize_weight));
+  m.impl("dequantize_weight", ALULA_BOX(dequantize_weight));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alula, CUDA, m) {
   m.impl("quantize_weight", ALULA_BOX(quantize_weight));
   m.impl("dequantize_weight", ALULA_BOX(dequantize_weight));
 }

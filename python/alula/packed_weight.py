@@ -25,7 +25,8 @@ FORMATS: dict[str, tuple[int, tuple[int, ...]]] = {
     "nf4": (4, (64,)),
 }
 _NAMES = list(FORMATS)
-# "int8": activations are rounded to 8 bits per row and block of K and multiplied as integers; "full": as they are.
+# "int8": activations are rounded to 8 bits per row and block of K and multiplied as integers, on the CPU alone; "full":
+# as they are, which is what CUDA's kernels do in either mode.
 ACTIVATION_MODES = ("int8", "full")
 
 
@@ -54,7 +55,8 @@ class PackedWeight(NamedTuple):
     ``data`` is opaque: its layout depends on the dtype, or, of a quantized weight, on ``code`` (uint8
     ``[ceil(N / 32), bytes of a panel]``). ``out_features`` is N, ``in_features`` is K. ``code`` says how the weight is
     stored and multiplied, see :func:`format_code`; 0 is dense. ``value_dtype`` is the dtype a quantized weight was made
-    from: that of :meth:`unpack` and of rows read out of it. It multiplies activations of any dtype.
+    from: that of :meth:`unpack` and of rows read out of it. It multiplies activations of any dtype. A quantized weight
+    has the same bytes on every device: ``packed._replace(data=packed.data.cuda())`` moves it.
     """
 
     data: Tensor
@@ -78,8 +80,8 @@ class PackedWeight(NamedTuple):
 
     @property
     def activations(self) -> str:
-        """ "int8" or "full", see ``ACTIVATION_MODES``; of a dense weight always "full"."""
-        return "int8" if self.code and not self.code & 16 else "full"
+        """ "int8" or "full", see ``ACTIVATION_MODES``; of a dense weight, and on CUDA, always "full"."""
+        return "int8" if self.code and not self.code & 16 and not self.data.is_cuda else "full"
 
     @property
     def nbytes(self) -> int:
@@ -124,8 +126,10 @@ def pack(
             with an fp16 scale per 64 of K.
         group_size: 32, 64 (the default) or 128 for the 4-bit integers; fixed for the others. A K that it does not
             divide is padded: the last group is shorter.
-        activations: how a quantized weight is multiplied: "int8", x rounded to 8 bits per row and group of K (256 for
-            int8 weights), or "full", x as it is, more accurate and slower.
+        activations: how a quantized weight is multiplied on the CPU: "int8", x rounded to 8 bits per row and group of K
+            (256 for int8 weights), or "full", x as it is, more accurate and slower. On CUDA it is "full" always.
+
+    A weight on CUDA is quantized on the CPU, to the same bytes, and these are copied back.
 
     Raises ValueError for an unknown format or group size; RuntimeError for a weight to be quantized that holds NaN,
     infinity, or values beyond the range of fp16 scales.

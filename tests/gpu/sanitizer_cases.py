@@ -23,6 +23,14 @@ def main() -> None:
         ops.embedding(torch.randint(0, 77, (2, 6), device="cuda"), weight)
         for rows in (1, 5, 16, 20):
             ops.linear(rand(rows, 130), weight, rand(77), norm_weight=rand(130), activation="gelu")
+        for kind in ("int8", "int4", "int4_asymmetric", "nf4"):
+            packed = ops.pack(rand(77, 130), kind)
+            ops.embedding(torch.randint(0, 77, (2, 6), device="cuda"), packed._replace(value_dtype=dtype))
+            for rows in (1, 16, 20):
+                ops.linear(rand(rows, 130), packed, rand(77), norm_weight=rand(130), activation="gelu")
+            ops.linear(rand(2, 4100), ops.pack(rand(33, 4100), kind))  # K over blocks
+            packed.unpack()
+        ops.linear(rand(2100, 72), ops.pack(rand(2100, 72), "int4"))  # large tiles
         qkv = ops.pack(rand(6 * 24, 130))
         cache = rand(2, 1, 300, 48)
         heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 24}

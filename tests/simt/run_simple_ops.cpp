@@ -1,6 +1,7 @@
 // The ops of one kernel: arguments from a request.
 #include "ops/embedding.h"
 #include "ops/layer_norm.h"
+#include "ops/quantize_weight.h"
 #include "ops/rotary.h"
 #include "ops/scaled_masked_softmax.h"
 #include "request.h"
@@ -74,7 +75,7 @@ void run_embedding(const Request& r) {
   embedding_cuda(
       {
           .dtype = r.dtype("dtype"),
-          .format = {},
+          .format = {static_cast<WeightKind>(r.i("format") & 15), true, static_cast<int>(r.i("format") >> 8)},
           .width = r.i("width"),
           .table = r.t("table"),
           .input_ids = r.t<const int64_t>("input_ids"),
@@ -90,10 +91,22 @@ void run_embedding(const Request& r) {
       r.stream());
 }
 
+void run_dequantize_weight(const Request& r) {
+  const int64_t code = r.i("format");
+  dequantize_weight_cuda({{static_cast<WeightKind>(code & 15), true, static_cast<int>(code >> 8)},
+                          r.t("packed"),
+                          r.i("n"),
+                          r.i("k"),
+                          r.dtype("dtype"),
+                          r.t("out")},
+                         r.stream());
+}
+
 const Registration kSoftmax("scaled_masked_softmax", run_softmax);
 const Registration kLayerNorm("layer_norm", run_layer_norm);
 const Registration kRotary("rotary", run_rotary);
 const Registration kEmbedding("embedding", run_embedding);
+const Registration kDequantizeWeight("dequantize_weight", run_dequantize_weight);
 
 }  // namespace
 }  // namespace simt

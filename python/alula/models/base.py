@@ -18,7 +18,7 @@ from alula.config import PretrainedConfig, parse_dtype
 from alula.devices import checked_device
 from alula.models.heads import LMHead
 from alula.models.layers import DENSE, Embedding, Linear, Module
-from alula.models.quantizing import Quantizable, StoredMatrices, stored_quantization
+from alula.models.quantizing import Quantizable, StoredMatrices, refuse_rounded_activations, stored_quantization
 from alula.quantization import QuantizationConfig
 from alula.weights import Checkpoint, StateDictSource, TensorSource, check_dtype, load_weights, save_weights
 
@@ -85,7 +85,7 @@ class PreTrainedModel(Quantizable, Module):
             quantize: "int8", "int4", "int4_asymmetric" or "nf4": matrices are quantized one by one as they are read,
                 with ``group_size`` and all but those that ``keep`` names, see :meth:`quantize`.
             activations: "int8" (the default of quantized matrices) or "full", see :meth:`quantize`; of a folder that is
-                quantized already, in place of what it says.
+                quantized already, in place of what it says. On a GPU they are always "full", and "int8" is refused.
             **overrides: values of the configuration to replace, such as ``num_labels=3``.
 
         The weights are packed one by one out of a memory map: the process grows by little more than the packed model.
@@ -94,6 +94,7 @@ class PreTrainedModel(Quantizable, Module):
         and tensor.
         """
         device = checked_device(device)
+        refuse_rounded_activations(activations, device)
         dtype = _resolve_dtype(dtype, torch_dtype)
         if config is None:
             values = cls.config_class.get_config_dict(path)

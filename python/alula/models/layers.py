@@ -12,11 +12,13 @@ width, V vocabulary, P positions, N output features, K input features.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from alula import ops
 from alula.devices import checked_device
@@ -73,6 +75,27 @@ class _Version:
 
 
 VERSION = _Version()
+
+
+class _OnDevice:
+    """Copies tensors to devices; layers that share one (merged matrices) share its copy, too."""
+
+    def __init__(self) -> None:
+        self._copies = WeakTensorKeyDictionary()  # original -> {device: copy}, neither kept alive
+
+    def copy(self, data: Tensor, device: torch.device) -> Tensor:
+        if data.device == device:
+            return data
+        copies = self._copies.setdefault(data, {})
+        copy = copies[device]() if device in copies else None
+        if copy is None:
+            with torch.inference_mode(False):
+                copy = data.to(device)
+            copies[device] = weakref.ref(copy)
+        return copy
+
+
+_ON_DEVICE = _OnDevice()
 
 
 class WeightSlot(NamedTuple):
@@ -247,17 +270,17 @@ class WeightModule(Module):
         device = checked_device(probe.device)
         if probe.dtype != self.dtype or device != self.device:
             check_dtype(probe.dtype)
-            moved = device != self.device
-            if moved and device.type != "cpu" and any(getattr(stored, "code", 0) for stored in self._data.values()):
-                raise ValueError(f"device {device} cannot take quantized weights, which have CPU kernels only")
-            values = {}
+            values, error = {}, self.error
             for name, stored in list(self._data.items()):
                 if isinstance(stored, Tensor) or not stored.code:
                     values[name] = self.read(name).to(probe.dtype)
-                elif isinstance(stored, PackedPart):
-                    self.store(name, stored.with_merged(value_dtype=probe.dtype))
-                else:  # what is quantized stays as it is
-                    self.store(name, stored._replace(value_dtype=probe.dtype))
+                    continue
+                # What is quantized keeps its bytes, which are the same on every device.
+                is_part = isinstance(stored, PackedPart)
+                data = _ON_DEVICE.copy(stored.merged.data if is_part else stored.data, device)
+                replace = stored.with_merged if is_part else stored._replace
+                self.store(name, replace(data=data, value_dtype=probe.dtype))
+                self.error = error
             object.__setattr__(self, "device", device)  # where write() packs
             for name, value in values.items():
                 self.write(name, value)

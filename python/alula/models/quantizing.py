@@ -281,6 +281,15 @@ class StoredMatrices:
         self._source.release(name)
 
 
+def refuse_rounded_activations(activations: str | None, device: torch.device) -> None:
+    """ValueError where 8-bit activations are asked for on a GPU, which does not round activations."""
+    if activations == "int8" and device.type == "cuda":
+        raise ValueError(
+            f'activations "int8" are for the CPU; kernels on {device} never round activations: '
+            'leave activations out, or say "full"'
+        )
+
+
 # --- models --------------------------------------------------------------------------------------------------------
 
 
@@ -312,7 +321,8 @@ class Quantizable:
             keep: modules that stay as they are, by their names or parts of them ("lm_head", "h.0", "mlp.c_proj");
                 "embeddings" is the table of tokens. A tied output projection and its table are one; matrices that are
                 stored as one are kept together.
-            activations: "int8" rounds what is multiplied to 8 bits, too; "full" does not, and is slower.
+            activations: "int8" rounds what is multiplied to 8 bits, too; "full" does not, and is slower. On a GPU
+                activations are never rounded; the choice is kept for the CPU.
 
         Layer norms, biases, positions and matrices with fewer than 32 output rows (heads with few labels) stay as they
         are. Raises ValueError for formats and names that there are not, and for a model that is quantized already.
@@ -339,10 +349,12 @@ class Quantizable:
         return self
 
     def set_activations(self, activations: str) -> None:
-        """Multiplies from now on with activations "int8" or "full"; the weights stay what they are."""
+        """Multiplies from now on with activations "int8" or "full"; the weights stay what they are. On a GPU, where
+        activations are never rounded, "int8" is a ValueError."""
         if not self.is_quantized:
             raise ValueError("the model is not quantized: its activations are full")
         check_activations(activations)
+        refuse_rounded_activations(activations, self.device)
         for matrix in matrices(self):
             if matrix.is_quantized:
                 for layer in matrix.layers:

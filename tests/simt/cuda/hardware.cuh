@@ -239,6 +239,23 @@ uint32_t pair_of(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
+template <typename T>
+uint32_t add_pairs(uint32_t a, uint32_t b, T) {
+  const auto half = [](uint32_t pair, int which) { return to_float(T{static_cast<uint16_t>(pair >> 16 * which)}); };
+  return pair_of<T>(half(a, 0) + half(b, 0), half(a, 1) + half(b, 1));
+}
+
+inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t y = 0;
+  for (int i = 0; i < 4; i++) {
+    const uint32_t which = selector >> 4 * i & 15;
+    if (which > 7) simt::fault("pick_bytes: a selector above 7 means something else to the GPU");
+    y |= static_cast<uint32_t>(both >> 8 * which & 0xff) << 8 * i;
+  }
+  return y;
+}
+
 inline uint32_t to_tf32(float x) {
   const auto bits = std::bit_cast<uint32_t>(x);
   if ((bits & 0x7f800000) == 0x7f800000) return bits;

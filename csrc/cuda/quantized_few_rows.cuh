@@ -1,0 +1,312 @@
+// The product of up to 16 rows of X [M, K] with a quantized W^T (cpu/weight_format.h): bound by reading W once.
+//
+// A block owns a panel, 32 features, or a share of its K where there are fewer panels than multiprocessors; its 8 warps
+// share out K and add up through shared memory at the end. A warp reads 512 bytes in one go, 16 a lane: 16 k of 8-bit
+// codes, 32 of 4-bit ones, and has four such loads under way while it unpacks the four before (cuda/codes.cuh). Of
+// 4-bit codes a lane reads what it and its neighbour 4 lanes on want of two steps; they exchange halves.
+//
+// Scales of groups multiply the sums of a group, those of rows the sums of all K; the middles of the asymmetric
+// format's groups multiply the sums of x, which come from a product with ones. Which block of a split comes last does
+// not matter for the bits: it adds up all of them in the order of K.
+//
+// The epilogue is called with two neighbouring features of one row, in fp32. Layer norm on the way in is that of
+// cuda/few_rows.cuh.
+//
+// Not measured yet: no GPU was at hand.
+#pragma once
+
+#include "cuda/codes.cuh"
+#include "cuda/few_rows.cuh"
+#include "cuda/quantized_product.h"
+
+namespace alula {
+
+// 4-bit codes become -8 .. 7. The asymmetric format's least value is moved by as much, to the middle of its group: sums
+// of codes and sums of x then cancel little.
+constexpr float kCodesCountFrom = 8.0f;
+
+struct QuantizedParams {
+  FewRowsParams x;        // without a dense weight
+  const uint8_t* weight;  // [ceil(N/32)][panel_bytes]
+  int64_t panel_bytes;
+  int steps;  // of 4 k in a panel, padding included
+  int group_size, group_bytes, header_bytes;
+  bool has_least;
+  int splits;
+  QuantizedWork work;
+};
+
+template <typename T>
+QuantizedParams quantized_params(const PanelGemmArgs& gemm, const QuantizedPlan& plan, const QuantizedWork& work) {
+  const WeightFormat f = gemm.format;
+  const bool is_8bit = !has_4bit_codes(f.kind);
+  const int64_t steps = is_8bit ? (gemm.k + 3) / 4 : (gemm.k + f.group_size - 1) / f.group_size * (f.group_size / 4);
+  return {
+      .x = few_rows_params<T>(gemm),
+      .weight = static_cast<const uint8_t*>(gemm.weight),
+      .panel_bytes = panel_bytes(f, gemm.k),
+      .steps = static_cast<int>(steps),
+      .group_size = is_8bit ? 128 : f.group_size,
+      .group_bytes = is_8bit ? 0 : static_cast<int>(group_bytes(f)),
+      .header_bytes = static_cast<int>(header_bytes(f.kind)),
+      .has_least = f.kind == WeightKind::kInt4Asymmetric,
+      .splits = plan.splits,
+      .work = work,
+  };
+}
+
+template <Codes kCodesOfWeight>
+struct QuantizedFewRows {
+  static constexpr Codes kCodes = kCodesOfWeight;
+  static constexpr bool kHasGroups = kCodes != Codes::kInt8;
+  static constexpr int kLoads = 4;                     // of 16 bytes, a lane, at a time
+  static constexpr int kBlock = kHasGroups ? 32 : 16;  // of K, that 32 lanes read with one load
+  static constexpr int kSpan = kLoads * kBlock;
+  static constexpr int kFeatures = kPanelRows;
+  static constexpr int kSumsBytes = FewRows::kWarps * kMaxFewRows * kFeatures * 4;
+  static constexpr int kMomentsOffset = kSumsBytes;
+  static constexpr int kIsLastOffset = kMomentsOffset + kMaxFewRows * 2 * 4;
+  static constexpr int kSharedBytes = kIsLastOffset + 4;
+  static_assert(kSpan == (kHasGroups ? kFewRowsSpan4 : kFewRowsSpan8), "the plan counts the same spans");
+  static_assert(kMaxFewRows * kFeatures / 2 == FewRows::kThreads, "each pair of sums has a thread in the epilogue");
+};
+
+// What a lane reads of a span: codes, and of the block numbered t the scales of the features it holds.
+template <typename C>
+struct SpanWords {
+  uint32_t codes[C::kLoads][4];
+  uint32_t scales[2], least[2];  // pairs of fp16; groups only
+};
+
+template <typename C>
+__device__ __forceinline__ void load_span(SpanWords<C>& words, const QuantizedParams& p, const uint8_t* panel, int span,
+                                          int g, int t) {
+#pragma unroll
+  for (int u = 0; u < C::kLoads; u++) {
+    const int k = span * C::kSpan + u * C::kBlock;
+    const uint8_t* from = panel + p.header_bytes;
+    bool is_there;
+    if constexpr (C::kHasGroups) {
+      is_there = k < 4 * p.steps;
+      from += k / p.group_size * p.group_bytes + k % p.group_size / 4 * static_cast<int>(kStepBytes4) +
+              (t + g % 2 * 4) * static_cast<int>(kStepBytes4) + g / 2 * 16;
+    } else {
+      is_there = k / 4 + t < p.steps;
+      from += static_cast<int64_t>(k / 4 + t) * kStepBytes8 + g * 16;
+    }
+    if (is_there) {
+      load_once(words.codes[u], from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) words.codes[u][i] = 0;
+    }
+  }
+  if constexpr (C::kHasGroups) {
+    const int k = span * C::kSpan + t * C::kBlock;
+    const bool is_there = k < 4 * p.steps;
+    const uint8_t* group = panel + k / p.group_size * p.group_bytes;
+#pragma unroll
+    for (int tile = 0; tile < 2; tile++) {
+      const int at = row_of<C::kCodes>(tile, g) * 2;
+      words.scales[tile] = is_there ? *reinterpret_cast<const uint32_t*>(group + at) : 0;
+      words.least[tile] = C::kCodes == Codes::kInt4 && is_there && p.has_least
+                              ? *reinterpret_cast<const uint32_t*>(group + kHalfScalesBytes + at)
+                              : 0;
+    }
+  }
+}
+
+__device__ __forceinline__ float low_half(uint32_t pair) { return to_float(f16{static_cast<uint16_t>(pair)}); }
+__device__ __forceinline__ float high_half(uint32_t pair) { return to_float(f16{static_cast<uint16_t>(pair >> 16)}); }
+
+// sums += a group's sums times its scales, + the asymmetric groups' middles times the sums of x.
+__device__ __forceinline__ void add_scaled(float (&sums)[4], const float (&part)[4], uint32_t scales, uint32_t least,
+                                           const float (&x_sums)[4], bool has_least) {
+  const float scale[2] = {low_half(scales), high_half(scales)};
+#pragma unroll
+  for (int i = 0; i < 4; i++) sums[i] += scale[i / 2] * part[i];
+  if (has_least) {
+    const float middle[2] = {low_half(least) + kCodesCountFrom * scale[0],
+                             high_half(least) + kCodesCountFrom * scale[1]};
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[i] += middle[i / 2] * x_sums[i % 2];
+  }
+}
+
+// Rows 8 * tile + g of X, k [column, column + 4), normed; zeros where there is none.
+template <typename T>
+__device__ __forceinline__ Quad<T> load_x_quad(const FewRowsParams& p, int row, int column, float mean, float inverse) {
+  float v[4];
+  // Lanes without a row of their own read the last one: the warp stays together for the product.
+  const int there = row < p.m ? row : p.m - 1;
+  if (p.norm_weight != nullptr) {
+    load_x<true>(v, p, there, column, mean, inverse, TypeTag<T>{});
+  } else {
+    load_x<false>(v, p, there, column, mean, inverse, TypeTag<T>{});
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) v[i] = row < p.m ? v[i] : 0.0f;
+  return quad_of_values<T>(v);
+}
+
+// What this warp's spans add to the panel's sums. kTiles: of 8 rows of X.
+template <typename T, typename C, int kTiles>
+__device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_t* panel, int first, int last,
+                                          Shared<float> moments, float (&sums)[2][kTiles][4]) {
+  constexpr bool kIsExact = C::kCodes != Codes::kNf4;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  [[maybe_unused]] const uint32_t offset = nibble_offset<T>(kCodesCountFrom);
+
+  SpanWords<C> next;
+  load_span(next, p, panel, first + warp, g, t);  // under way while the rows' moments are found
+  wait_for_previous_kernel();
+  if (p.x.norm_weight != nullptr) find_moments<T>(p.x, moments);
+  float mean[kTiles] = {}, inverse[kTiles] = {};
+#pragma unroll
+  for (int n = 0; n < kTiles; n++) {
+    if (p.x.norm_weight == nullptr || 8 * n + g >= p.x.m) continue;
+    mean[n] = moments[2 * (8 * n + g)];
+    inverse[n] = moments[2 * (8 * n + g) + 1];
+  }
+
+  for (int span = first + warp; span < last; span += FewRows::kWarps) {
+    SpanWords<C> words = next;
+    if (span + FewRows::kWarps < last) load_span(next, p, panel, span + FewRows::kWarps, g, t);
+#pragma unroll
+    for (int u = 0; u < C::kLoads; u++) {
+      const int k = span * C::kSpan + u * C::kBlock + 4 * t;
+      if constexpr (C::kHasGroups) {
+        // This lane has rows 4 (g / 2) .. + 3 of step t + 4 (g % 2); it wants rows 2 g and 2 g + 1 of steps t and
+        // t + 4.
+        const bool is_odd = g % 2 == 1;
+        uint32_t (&mine)[4] = words.codes[u];
+        uint32_t other[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) other[i] = __shfl_xor_sync(kWholeWarp, is_odd ? mine[i] : mine[2 + i], 4);
+        const uint32_t steps[2][2] = {{is_odd ? other[0] : mine[0], is_odd ? other[1] : mine[1]},
+                                      {is_odd ? mine[2] : other[0], is_odd ? mine[3] : other[1]}};
+        float part[2][kTiles][4] = {}, x_sums[kTiles][4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const PanelStep<T> w = step_of_nibbles<T, C::kCodes>(steps[half], kCodesCountFrom, offset);
+#pragma unroll
+          for (int n = 0; n < kTiles; n++) {
+            const Quad<T> x = load_x_quad<T>(p.x, 8 * n + g, k + 16 * half, mean[n], inverse[n]);
+#pragma unroll
+            for (int tile = 0; tile < 2; tile++) multiply_step<T, kIsExact>(part[tile][n], w.rows[tile], x);
+            if (C::kCodes == Codes::kInt4 && p.has_least) {
+              const Quad<T> ones[2] = {quad_of_ones<T>(), quad_of_ones<T>()};
+              multiply_step<T, true>(x_sums[n], ones, x);
+            }
+          }
+        }
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+          const uint32_t scales = __shfl_sync(kWholeWarp, words.scales[tile], g * 4 + u);
+          const uint32_t least = __shfl_sync(kWholeWarp, words.least[tile], g * 4 + u);
+#pragma unroll
+          for (int n = 0; n < kTiles; n++) {
+            add_scaled(sums[tile][n], part[tile][n], scales, least, x_sums[n],
+                       C::kCodes == Codes::kInt4 && p.has_least);
+          }
+        }
+      } else {
+        const PanelStep<T> w = step_of_bytes<T>(words.codes[u]);
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) {
+          const Quad<T> x = load_x_quad<T>(p.x, 8 * n + g, k, mean[n], inverse[n]);
+#pragma unroll
+          for (int tile = 0; tile < 2; tile++) multiply_step<T, kIsExact>(sums[tile][n], w.rows[tile], x);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename C, int kTiles, typename Epilogue>
+__global__ void __launch_bounds__(FewRows::kThreads, 1)
+    quantized_few_rows_kernel(QuantizedParams p, Epilogue epilogue) {
+  constexpr int kFeatures = C::kFeatures;
+  const Shared<float> all_sums = dynamic_shared<float>();  // [warp][16 rows][32 features]
+  const Shared<float> moments = dynamic_shared<float>(C::kMomentsOffset);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const int g = lane / 4, t = lane % 4;
+  const int panel_index = static_cast<int>(blockIdx.x) / p.splits, split = static_cast<int>(blockIdx.x) % p.splits;
+  const uint8_t* panel = p.weight + panel_index * p.panel_bytes;
+
+  const int spans = (p.x.k + C::kSpan - 1) / C::kSpan;
+  const int first = static_cast<int>(static_cast<int64_t>(spans) * split / p.splits);
+  const int last = static_cast<int>(static_cast<int64_t>(spans) * (split + 1) / p.splits);
+  float sums[2][kTiles][4] = {};
+  sum_panel<T, C, kTiles>(p, panel, first, last, moments, sums);
+
+#pragma unroll
+  for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int row = 8 * n + 2 * t + i % 2, feature = row_of<C::kCodes>(tile, g) + i / 2;
+        all_sums[(warp * kMaxFewRows + row) * kFeatures + feature] = sums[tile][n][i];
+      }
+    }
+  }
+  __syncthreads();
+  if (p.splits == 1) let_next_kernel_start();
+
+  // From here on a thread owns two neighbouring features of a row.
+  const int row = thread / (kFeatures / 2), own = thread % (kFeatures / 2) * 2;
+  const int feature = panel_index * kFeatures + own;
+  const bool is_there = row < p.x.m && feature < p.x.n;
+  float pair[2] = {0.0f, 0.0f};
+  if (is_there) {
+    for (int other = 0; other < FewRows::kWarps; other++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) pair[i] += all_sums[(other * kMaxFewRows + row) * kFeatures + own + i];
+    }
+    if constexpr (!C::kHasGroups) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) pair[i] *= reinterpret_cast<const float*>(panel)[own + i];
+    }
+  }
+  if (p.splits > 1) {
+    const auto partial = [&](int which) {
+      const int64_t index = static_cast<int64_t>(panel_index) * p.splits + which;
+      return p.work.workspace + (index * kMaxFewRows + row) * kFeatures + own;
+    };
+    if (is_there) store_pack(partial(split), pair);
+    __threadfence();  // what this thread wrote is there before the block is counted
+    __syncthreads();
+    const Shared<int> is_last = dynamic_shared<int>(C::kIsLastOffset);
+    if (thread == 0) {
+      const auto most = static_cast<unsigned>(p.splits) - 1;
+      is_last[0] = atomicInc(p.work.counters + panel_index, most) == most;  // wraps to 0
+    }
+    __syncthreads();
+    let_next_kernel_start();
+    if (is_last[0] == 0) return;
+    __threadfence();
+    pair[0] = pair[1] = 0.0f;
+    for (int i = 0; i < p.splits && is_there; i++) {
+      const float* from = partial(i);
+      pair[0] += from[0];
+      pair[1] += from[1];
+    }
+  }
+  if (is_there) epilogue(row, feature, pair[0], pair[1]);
+}
+
+template <typename T, Codes kCodes, typename Epilogue>
+void launch_quantized_few_rows(const char* name, const QuantizedParams& p, const Epilogue& epilogue,
+                               const CudaStream& stream) {
+  using C = QuantizedFewRows<kCodes>;
+  const LaunchOptions options = {.blocks = {num_panels(p.x.n) * p.splits},
+                                 .threads = FewRows::kThreads,
+                                 .shared_bytes = C::kSharedBytes,
+                                 .starts_before_previous = true};
+  launch(name, p.x.m <= 8 ? quantized_few_rows_kernel<T, C, 1, Epilogue> : quantized_few_rows_kernel<T, C, 2, Epilogue>,
+         options, stream, p, epilogue);
+}
+
+}  // namespace alula
