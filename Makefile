@@ -10,7 +10,7 @@ CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "also: build, bench, test-transformers-4, lint, format, wheel, resources, gpu, clean"
+	@echo "also: build, bench, test-transformers-4, lint, format, tidy, sanitize, wheel, resources, gpu, clean"
 
 # CUDA kernels take minutes to compile: without a GPU the demo leaves them out, unless ALULA_CUDA=1.
 demo: export ALULA_CUDA := $(or $(ALULA_CUDA),$(if $(wildcard /dev/nvidia0),,0))
@@ -42,6 +42,29 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# Mistakes that compilers do not see (.clang-tidy). Each kernel file is read once for each instruction set: half an hour
+# and more on two cores, so it is no part of lint.
+tidy: build $(VENV)/.test
+	test -x $(BIN)/clang-tidy || $(PIP) clang-tidy==23.1.4
+	$(BIN)/clang-tidy -p $$(ls -td build/cp*/ | head -1) --quiet --extra-arg=-Wno-unknown-warning-option \
+	  $(filter csrc/%.cpp,$(CXX_FILES))
+
+# The tests of the ops, on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (half an hour to build).
+# Leaks are not looked for: Python and torch keep what they have until they end.
+SANITIZED := build/sanitize/python
+sanitize: $(VENV)/.test
+	PATH=$(abspath $(BIN)):$$PATH cmake -G Ninja -B build/sanitize -DALULA_SANITIZE=ON -DALULA_CUDA=0 \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	PATH=$(abspath $(BIN)):$$PATH cmake --build build/sanitize
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r python/alula $(SANITIZED)/
+	$(BIN)/cmake --install build/sanitize --prefix $(SANITIZED)/alula
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/python -m pytest -x tests/test_attention.py tests/test_bad_ops.py tests/test_block_sparse_attention.py \
+	  tests/test_decoder_blocks.py tests/test_embedding.py tests/test_layer_norm.py tests/test_linear.py tests/test_pack_weight.py \
+	  tests/test_qkv_projection.py tests/test_quantize_weight.py tests/test_quantized_linear.py tests/test_rotary.py \
+	  tests/test_scaled_masked_softmax.py -k "not opcheck" $(PYTEST_ARGS)
 
 # Registers, shared memory, stack and spills of every CUDA kernel; a spill that is not allowed fails.
 resources: build

@@ -46,7 +46,7 @@ std::string take_text(IdFaults* faults) {
 
 std::string take_id_fault([[maybe_unused]] int device_index) {
 #if ALULA_WITH_CUDA
-  const std::string text = take_text(known_id_faults(device_index));
+  std::string text = take_text(known_id_faults(device_index));
   if (text.empty()) return text;
   return text + " (found on cuda:" + std::to_string(device_index) +
          " in a call before this one, whose result is NaN; ALULA_SYNC=1 raises at the call)";
