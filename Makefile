@@ -43,14 +43,14 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Mistakes that compilers do not see (.clang-tidy). Each kernel file is read once for each instruction set: half an hour
-# and more on two cores, so it is no part of lint.
+# Mistakes that compilers do not see (.clang-tidy). Each kernel file is read once for each instruction set, which takes
+# long, so it is no part of lint.
 tidy: build $(VENV)/.test
 	test -x $(BIN)/clang-tidy || $(PIP) clang-tidy==23.1.4
 	$(BIN)/clang-tidy -p $$(ls -td build/cp*/ | head -1) --quiet --extra-arg=-Wno-unknown-warning-option \
 	  $(filter csrc/%.cpp,$(CXX_FILES))
 
-# The tests of the ops, on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (half an hour to build).
+# The tests of the ops, on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (slow to build).
 # Leaks are not looked for: Python and torch keep what they have until they end.
 SANITIZED := build/sanitize/python
 sanitize: $(VENV)/.test

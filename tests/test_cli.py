@@ -328,7 +328,14 @@ def test_no_prompt_on_a_terminal_is_an_error():
 
 def start(folder: Path, *extra: str) -> subprocess.Popen:
     args = ["generate", "def f(", "--model", str(folder), "--max-new-tokens", "8000", *extra]
-    return subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=take_interrupts
+    )
+
+
+def take_interrupts() -> None:
+    """Shells start jobs in the background with SIGINT ignored, and these hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_text_streams_and_ctrl_c_ends_it(folder):
@@ -409,6 +416,7 @@ def test_on_a_terminal(folder):
     """Text appears bit by bit; the terminal's Ctrl-C (a byte, not a signal of ours) stops it."""
     pid, terminal = pty.fork()
     if pid == 0:
+        take_interrupts()
         os.execv(sys.executable, [*COMMAND, "generate", "x", "--model", str(folder), "--max-new-tokens", "8000"])
     seen, reads = b"", 0
     while len(seen) < 200:
