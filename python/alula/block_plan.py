@@ -8,10 +8,8 @@ Alphabet: T tokens, N block size, n = ceil(T / N) blocks, H heads, r random bloc
 
 from __future__ import annotations
 
-import abc
 import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,52 +21,16 @@ from alula import (
 )
 from alula.bigbird_draws import draw_training_blocks
 from alula.block_schedule import Schedule, schedule_lists
+from alula.plan_tensors import OnDevices
 
-__all__ = ["BLOCK_SIZES", "BatchPlan", "BlockPlan", "PlanTensors", "batch_plans"]
+__all__ = ["BLOCK_SIZES", "BatchPlan", "BlockPlan", "batch_plans"]
 
 BLOCK_SIZES = (16, 32, 64, 128)
 _CACHED_PLANS = 256  # a model in training has one for each layer and length
 _MOST_HEADS = 65536  # each head has lists of its own
 
 
-class PlanTensors(NamedTuple):
-    """A plan as the op takes it, on one device: starts [B or 1, H or 1, n + 1], entries [total, 2], global_tokens
-    [B or 1, n * N] or None; on CUDA also the schedule (:mod:`alula.block_schedule`)."""
-
-    starts: Tensor
-    entries: Tensor
-    global_tokens: Tensor | None
-    schedule: Tensor | None = None
-    num_partials: int = 0
-
-
-class _OnDevices(abc.ABC):
-    """A plan's tensors: made on the CPU, copied to a GPU once."""
-
-    tensors: tuple[Tensor, Tensor, Tensor | None]
-
-    def __init__(self) -> None:
-        self._copies: dict[torch.device, PlanTensors] = {}
-
-    @abc.abstractmethod
-    def _schedule(self) -> Schedule:
-        """The order of the work on a GPU."""
-
-    def on(self, device: torch.device) -> PlanTensors:
-        """The plan's tensors on a device (of a tensor: ``q.device``)."""
-        found = self._copies.get(device)
-        if found is None:
-            found = PlanTensors(*(None if t is None else t.to(device) for t in self.tensors))
-            if device.type == "cuda":
-                schedule = self._schedule()
-                found = found._replace(
-                    schedule=torch.from_numpy(schedule.items).to(device), num_partials=schedule.num_partials
-                )
-            self._copies[device] = found
-        return found
-
-
-class BlockPlan(_OnDevices):
+class BlockPlan(OnDevices):
     """A list of (key block, count) for each query block, for all heads together or for each.
 
     A key of a block with count c enters the softmax c times (log(c) is added to its score). A count of 0 stands for
@@ -308,7 +270,7 @@ class BlockPlan(_OnDevices):
         return head % self.num_heads
 
 
-class BatchPlan(_OnDevices):
+class BatchPlan(OnDevices):
     """A plan for each row of a batch, as tensors: starts [B, 1 or H, n + 1], entries [total, 2], global_tokens
     [B, n * N] or None. n is that of the longest sequence; rows have empty lists for blocks that they do not reach."""
 
