@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(alula, m) {
   m.def("attention_into(Tensor q, Tensor kv_cache, Tensor positions, Tensor lengths, Tensor? mask, Tensor? head_mask, float scale, bool causal, Tensor(a!) out) -> ()");
   m.def("block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor entries, Tensor? global_tokens, int block_size, Tensor? first, Tensor? lengths, Tensor? mask, Tensor? head_mask, float scale, bool causal, Tensor? schedule=None, int num_partials=0) -> Tensor");
   m.def("bind_decoder_blocks(Tensor[] weights, int[] formats, bool is_parallel, int num_heads, int num_kv_heads, int head_dim, int mlp_width, float[] scales, float norm_eps, int activation) -> int");
-  m.def("decoder_blocks(Tensor x, int blocks, Tensor(a!)[] kv_caches, Tensor positions, Tensor lengths, Tensor? mask, Tensor[] head_masks, bool causal, Tensor? rotary_table, Tensor? rotary_positions) -> Tensor");
+  m.def("decoder_blocks(Tensor x, int blocks, Tensor(a!)[] kv_caches, Tensor positions, Tensor lengths, Tensor? mask, Tensor[] head_masks, bool causal, Tensor? rotary_table, Tensor? rotary_positions, int tokens_to_keep=0) -> Tensor");
   m.def("scaled_masked_softmax(Tensor scores, Tensor? mask, float scale, bool causal, ScalarType? dtype) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
 }

@@ -119,6 +119,29 @@ def test_same_bits_as_its_ops(
         assert_equal_bits(kv, other)
 
 
+@pytest.mark.parametrize("count", [1, 4, 8, 20])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("is_parallel", [False, True], ids=["sequential", "parallel"])
+def test_fewer_tokens_kept_are_the_same_bits(
+    shape: tuple[int, int, int], is_parallel: bool, count: int, dtype: torch.dtype, isa: str
+) -> None:
+    """Of the output and of every cache, with masks of all kinds, in a team (2 x 3 tokens) and without."""
+    stack = make_stack(shape, dtype, is_parallel)
+    for rows in ((1, 20), (2, 20), (2, 3)):
+        inputs, again = (copy.deepcopy(t) for t in [make_inputs(stack, rows, dtype)] * 2)
+        options: dict[str, Any] = {}
+        if rows == (2, 20):
+            options = {
+                "mask": torch.rand(1, 1, 20, SLOTS) > 0.3,
+                "causal": False,
+                "head_masks": [torch.rand(shape[0]) for _ in range(LAYERS)],
+            }
+        kept = run(stack, inputs, **options, tokens_to_keep=count)
+        assert_equal_bits(kept, run(stack, again, **options)[:, -count:])
+        for kv, other in zip(inputs.kv_caches, again.kv_caches, strict=True):
+            assert_equal_bits(kv, other)
+
+
 @pytest.mark.parametrize("is_parallel", [False, True], ids=["sequential", "parallel"])
 def test_against_the_reference(is_parallel: bool) -> None:
     stack = make_stack((4, 1, 24), torch.float32, is_parallel)
@@ -185,6 +208,7 @@ def test_opcheck(is_parallel: bool) -> None:
     rotary = (None, None) if stack.table is None else (stack.table, inputs.positions.clamp(min=0))
     args = (inputs.x, bound._number, *inputs[1:], None, [], True, *rotary)
     torch.library.opcheck(torch.ops.alula.decoder_blocks.default, args)
+    torch.library.opcheck(torch.ops.alula.decoder_blocks.default, args, {"tokens_to_keep": 1})
 
 
 def test_a_stack_is_forgotten_with_its_object_and_never_copied() -> None:
@@ -236,6 +260,7 @@ def test_bad_inputs() -> None:
         for kv, old in zip(inputs.kv_caches, before, strict=True):
             assert_equal_bits(kv, old)
 
+    refused("tokens_to_keep is -1; accepted: 0 ", {"tokens_to_keep": -1})
     refused("x has shape", x=good.x[..., 1:])
     refused("x has dtype BFloat16", x=good.x.bfloat16())
     refused("kv_caches holds 2 tensors; the stack has 3 blocks", kv_caches=good.kv_caches[:2])

@@ -305,6 +305,24 @@ def test_logits_to_keep(lm: str) -> None:
         assert worst(ours, theirs) <= TOLERANCE
     assert torch.equal(model(ids, logits_to_keep=4).logits, whole[:, -4:])
     assert torch.equal(model(ids, logits_to_keep=0).logits, whole)
+    with pytest.raises(ValueError, match="logits_to_keep=-1; accepted"):
+        model(ids, logits_to_keep=-1)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_logits_to_keep_changes_nothing_else(lm: str, padding: str) -> None:
+    """What else a pass gives, and what later passes see, whether or not the last block leaves tokens out."""
+    model = alula_model(hf_model(6, lm))
+    ids, mask = random_ids(model, 2, 30), padding_mask(padding, 2, 30)
+    for options in ({}, {"output_hidden_states": True}, {"output_attentions": True}):
+        whole = model(ids, attention_mask=mask, use_cache=True, **options)
+        kept = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=2, **options)
+        assert torch.equal(kept.logits, whole.logits[:, -2:])
+        for name in ("hidden_states", "attentions"):
+            for ours, all_of_them in zip(kept.get(name) or (), whole.get(name) or (), strict=True):
+                assert torch.equal(ours, all_of_them)
+        after = [model(ids[:, :1], past_key_values=run.past_key_values).logits for run in (kept, whole)]
+        assert torch.equal(*after)
 
 
 @pytest.mark.parametrize("shape", ["H", "L,H"])

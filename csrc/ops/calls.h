@@ -45,6 +45,8 @@ Call<QkvProjectionArgs> check_qkv_projection(const Tensor& x, const Tensor& weig
                                              const OptionalTensor& rotary_table, const OptionalTensor& rotary_positions,
                                              const OptionalTensor& mlp, int64_t mlp_activation, int64_t format);
 void run_qkv_projection(const QkvProjectionArgs& args);
+// Of the columns only keys and values, and what shares a panel with them.
+void run_keys_and_values(const QkvProjectionArgs& args);
 
 // Without `out` and `out_stride`.
 Call<AttentionArgs> check_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& positions,

@@ -162,11 +162,156 @@ int64_t bind_decoder_blocks(std::vector<Tensor> weights, std::vector<int64_t> fo
 
 void release_decoder_blocks(int64_t id) { stacks().remove(id); }
 
+namespace {
+
+// What decoder_blocks is given beside the stack and x: inputs that all blocks share, and a cache for each.
+struct Inputs {
+  const std::vector<Tensor>& kv_caches;
+  Tensor positions;
+  const Tensor& lengths;
+  OptionalTensor mask;
+  const std::vector<Tensor>& head_masks;
+  bool causal;
+  const OptionalTensor& rotary_table;
+  OptionalTensor rotary_positions;
+
+  OptionalTensor head_mask(size_t layer) const {
+    return head_masks.empty() ? OptionalTensor() : OptionalTensor(head_masks[layer]);
+  }
+};
+
+// One of each for all blocks: a block has read them before the next one writes.
+struct Activations {
+  Tensor hidden, q, attended, mlp;
+
+  Activations(const Stack& stack, int64_t batch, int64_t tokens) {
+    const int64_t attended_width = stack.num_heads * stack.head_dim;
+    hidden = new_large_tensor({batch, tokens, stack.width}, stack.dtype);
+    q = new_large_tensor({batch, tokens, stack.num_heads, stack.head_dim}, stack.dtype);
+    if (stack.is_parallel) {
+      Tensor inner = new_large_tensor({batch, tokens, attended_width + stack.mlp_width}, stack.dtype);
+      attended = torch::stable::narrow(inner, 2, 0, attended_width);
+      mlp = torch::stable::narrow(inner, 2, attended_width, stack.mlp_width);
+    } else {
+      attended = new_large_tensor({batch, tokens, attended_width}, stack.dtype);
+      mlp = new_large_tensor({batch, tokens, stack.mlp_width}, stack.dtype);
+    }
+  }
+};
+
+// The calls of all blocks on the tokens of some rows: checked once, the blocks differ in pointers, scales, head masks.
+class Calls {
+ public:
+  Calls(const Stack& stack, const Tensor& input, const Activations& to, const Inputs& inputs)
+      : stack_(stack),
+        input_(input),
+        to_(to),
+        inputs_(inputs),
+        qkv_(check_qkv_projection(input, stack.weights[kQkv], stack.weights[kQkvBias], stack.weights[kNorm1],
+                                  stack.weights[kNorm1Bias], 0.0, stack.num_heads, stack.num_kv_heads, stack.head_dim,
+                                  inputs.kv_caches[0], inputs.positions, inputs.rotary_table, inputs.rotary_positions,
+                                  stack.is_parallel ? OptionalTensor(to.mlp) : OptionalTensor(),
+                                  stack.is_parallel ? stack.activation : 0, stack.formats[kQkv])) {
+    for (size_t layer = 0; layer < (inputs.head_masks.empty() ? 1 : stack.layers()); layer++) {
+      attentions_.push_back(check_attention(to.q, inputs.kv_caches[layer], inputs.positions, inputs.lengths,
+                                            inputs.mask, inputs.head_mask(layer), stack.scales[layer], inputs.causal));
+    }
+  }
+
+  // The block number `layer`. The first one that runs reads the input, the others what the one before has written.
+  Block block(size_t layer, bool is_first) const {
+    const size_t per_block = stack_.per_block();
+    const PanelGemmArgs& first_gemm = qkv_.args.gemm;
+    const auto product = [&](size_t index, const void* from) {
+      PanelGemmArgs gemm = stack_.gemms[layer * per_block + index].args;
+      gemm.x = from;
+      gemm.m = first_gemm.m;
+      return gemm;
+    };
+    const Tensor& kv = inputs_.kv_caches[layer];
+    const void* from = is_first ? input_.const_data_ptr() : to_.hidden.const_data_ptr();
+    Block block;
+    block.qkv = qkv_.args;
+    block.qkv.gemm = product(0, from);
+    block.qkv.q = to_.q.mutable_data_ptr();
+    block.qkv.kv_cache = kv.mutable_data_ptr();
+    block.attention = attentions_[inputs_.head_masks.empty() ? 0 : layer].args;
+    block.attention.scale = stack_.scales[layer];
+    block.attention.kv_cache = kv.const_data_ptr();
+    for (int i = 0; i < 3; i++) block.qkv.kv_strides[i] = block.attention.kv_strides[i] = kv.stride(i);
+    block.attention.out = to_.attended.mutable_data_ptr();
+    block.attention.out_stride = to_.attended.stride(1);
+    void* out = to_.hidden.mutable_data_ptr();
+    block.linear[0] = {product(1, to_.attended.const_data_ptr()), 0, from, out};
+    if (stack_.is_parallel) return block;
+    block.linear[1] = {product(2, out), stack_.activation, nullptr, to_.mlp.mutable_data_ptr()};
+    block.linear[2] = {product(3, to_.mlp.const_data_ptr()), 0, out, out};
+    return block;
+  }
+
+ private:
+  const Stack& stack_;
+  const Tensor& input_;
+  const Activations& to_;
+  const Inputs& inputs_;
+  Call<QkvProjectionArgs> qkv_;
+  std::vector<Call<AttentionArgs>> attentions_;  // with head masks each block has its own
+};
+
+Tensor last(Tensor t, int64_t dim, int64_t count) { return torch::stable::narrow(t, dim, t.size(dim) - count, count); }
+
+// All caches but the first, which is checked with the first block.
+void check_other_caches(const Stack& stack, const std::vector<Tensor>& kv_caches, int64_t batch) {
+  for (size_t layer = 1; layer < stack.layers(); layer++) {
+    const Tensor& kv = kv_caches[layer];
+    check_kv_cache(kv, batch, stack.num_kv_heads, stack.head_dim);
+    check_dtype(kv, "kv_cache", stack.dtype, "the stack");
+    check_own_memory(kv, "kv_cache");
+    ALULA_CHECK(kv.size(2) == kv_caches[0].size(2), "kv_caches hold ", kv_caches[0].size(2), " and ", kv.size(2),
+                " slots; expected the same for all blocks");
+  }
+}
+
+// A step of decoding: one team for all blocks.
+void run_in_team(const std::vector<Block>& blocks, size_t products, const PanelGemmKernels& kernels) {
+  AttentionPlan& plan = plan_attention(blocks[0].attention);
+  size_t bytes = 0;
+  for (const Block& block : blocks) {
+    bytes = std::max(bytes, packed_bytes(block.qkv.gemm, kernels));
+    for (size_t i = 0; i < products; i++) bytes = std::max(bytes, packed_bytes(block.linear[i].gemm, kernels));
+  }
+  run_team(
+      [&] {
+        thread_scratch<PackedX>().reserve(bytes);
+        reserve_attention(plan);
+      },
+      [&](TeamMember&) { run_blocks(blocks, products, plan); });
+}
+
+// The last block, for the last `count` tokens of each row: of the others it only stores keys and values.
+Tensor run_last_block(const Stack& stack, const Tensor& x, const Calls& all, const Inputs& inputs, int64_t count) {
+  const size_t layer = stack.layers() - 1;
+  const Tensor kept = as_contiguous(last(x, 1, count));
+  const Activations to(stack, x.size(0), count);
+  Inputs theirs = inputs;
+  theirs.positions = last(inputs.positions, 1, count);
+  if (inputs.rotary_positions) theirs.rotary_positions = last(*inputs.rotary_positions, 1, count);
+  if (inputs.mask) theirs.mask = last(*inputs.mask, 2, count);
+  const Calls calls(stack, kept, to, theirs);
+  const Block block = calls.block(layer, true);
+  run_keys_and_values(all.block(layer, layer == 0).qkv);
+  run_blocks({block}, stack.per_block() - 1, plan_attention(block.attention));
+  return to.hidden;
+}
+
+}  // namespace
+
 Tensor decoder_blocks(const Tensor& x, int64_t id, const std::vector<Tensor>& kv_caches, const Tensor& positions,
                       const Tensor& lengths, const OptionalTensor& mask, const std::vector<Tensor>& head_masks,
-                      bool causal, const OptionalTensor& rotary_table, const OptionalTensor& rotary_positions) {
+                      bool causal, const OptionalTensor& rotary_table, const OptionalTensor& rotary_positions,
+                      int64_t tokens_to_keep) {
   const std::shared_ptr<const Stack> stack = stacks().at(id);
-  const size_t layers = stack->layers(), per_block = stack->per_block();
+  const size_t layers = stack->layers(), products = stack->per_block() - 1;
   check_cpu(x, "x");
   check_shape(x, "x", {-1, -1, stack->width}, "[B, T, E]");
   check_dtype(x, "x", stack->dtype, "the stack");
@@ -174,100 +319,31 @@ Tensor decoder_blocks(const Tensor& x, int64_t id, const std::vector<Tensor>& kv
               " blocks");
   ALULA_CHECK(head_masks.empty() || head_masks.size() == layers, "head_masks holds ", head_masks.size(),
               " tensors; expected none, or one for each of ", layers, " blocks");
-  const int64_t batch = x.size(0), tokens = x.size(1), attended_width = stack->num_heads * stack->head_dim;
+  ALULA_CHECK(tokens_to_keep >= 0, "tokens_to_keep is ", tokens_to_keep, "; accepted: 0 (all), or a positive count");
+  const int64_t batch = x.size(0), tokens = x.size(1);
+  const int64_t kept = tokens_to_keep > 0 && tokens_to_keep < tokens ? tokens_to_keep : tokens;
   const Tensor input = as_contiguous(x);
+  const Activations to(*stack, batch, tokens);
+  const Inputs inputs = {kv_caches, positions, lengths, mask, head_masks, causal, rotary_table, rotary_positions};
+  const Calls calls(*stack, input, to, inputs);
+  check_other_caches(*stack, kv_caches, batch);
+  if (batch * tokens == 0) return to.hidden;
 
-  // One of each, for all blocks: a block has read them before the next one writes.
-  Tensor hidden = new_large_tensor({batch, tokens, stack->width}, stack->dtype);
-  const Tensor q = new_large_tensor({batch, tokens, stack->num_heads, stack->head_dim}, stack->dtype);
-  Tensor attended, mlp;
-  if (stack->is_parallel) {
-    Tensor inner = new_large_tensor({batch, tokens, attended_width + stack->mlp_width}, stack->dtype);
-    attended = torch::stable::narrow(inner, 2, 0, attended_width);
-    mlp = torch::stable::narrow(inner, 2, attended_width, stack->mlp_width);
-  } else {
-    attended = new_large_tensor({batch, tokens, attended_width}, stack->dtype);
-    mlp = new_large_tensor({batch, tokens, stack->mlp_width}, stack->dtype);
+  const PanelGemmKernels& kernels = ALULA_KERNELS(kLinear).gemm;
+  const bool in_team = batch * tokens <= kernels.rows_per_block && num_threads() > 1;
+  const bool stops_early = kept < tokens && !in_team;  // with few rows, reading the weights is what takes time
+  ALULA_TRACE("decoder_blocks", value_dtype(x, "x"), layers, " blocks, ", size_class(batch * tokens),
+              " rows: ", in_team ? "one team for all" : "a parallel_for for each product",
+              stops_early ? ", the last one for the tokens kept" : "");
+  std::vector<Block> blocks;
+  for (size_t layer = 0; layer < layers - stops_early; layer++) blocks.push_back(calls.block(layer, layer == 0));
+  if (in_team) {
+    run_in_team(blocks, products, kernels);
+  } else if (!blocks.empty()) {
+    run_blocks(blocks, products, plan_attention(blocks[0].attention));
   }
-
-  // All checks, on the first block; the others differ in their caches and head masks.
-  const auto head_mask_of = [&](size_t layer) {
-    return head_masks.empty() ? OptionalTensor() : OptionalTensor(head_masks[layer]);
-  };
-  const Tensor* w = stack->weights.data();
-  const Call<QkvProjectionArgs> first_qkv =
-      check_qkv_projection(input, w[kQkv], w[kQkvBias], w[kNorm1], w[kNorm1Bias], 0.0, stack->num_heads,
-                           stack->num_kv_heads, stack->head_dim, kv_caches[0], positions, rotary_table,
-                           rotary_positions, stack->is_parallel ? OptionalTensor(mlp) : OptionalTensor(),
-                           stack->is_parallel ? stack->activation : 0, stack->formats[kQkv]);
-  std::vector<Call<AttentionArgs>> attentions;  // with head masks each keeps its own
-  attentions.push_back(
-      check_attention(q, kv_caches[0], positions, lengths, mask, head_mask_of(0), stack->scales[0], causal));
-  for (size_t layer = 1; layer < layers; layer++) {
-    const Tensor& kv = kv_caches[layer];
-    check_kv_cache(kv, batch, stack->num_kv_heads, stack->head_dim);
-    check_dtype(kv, "kv_cache", stack->dtype, "the stack");
-    check_own_memory(kv, "kv_cache");
-    ALULA_CHECK(kv.size(2) == kv_caches[0].size(2), "kv_caches hold ", kv_caches[0].size(2), " and ", kv.size(2),
-                " slots; expected the same for all blocks");
-    if (!head_masks.empty()) {
-      attentions.push_back(
-          check_attention(q, kv, positions, lengths, mask, head_mask_of(layer), stack->scales[layer], causal));
-    }
-  }
-
-  std::vector<Block> blocks(layers);
-  for (size_t layer = 0; layer < layers; layer++) {
-    Block& block = blocks[layer];
-    const Tensor& kv = kv_caches[layer];
-    const auto* gemms = stack->gemms.data() + layer * per_block;
-    const auto product = [&](size_t index, const void* from) {
-      PanelGemmArgs gemm = gemms[index].args;
-      gemm.x = from;
-      gemm.m = batch * tokens;
-      return gemm;
-    };
-    const void* from = layer == 0 ? input.const_data_ptr() : hidden.const_data_ptr();
-    block.qkv = first_qkv.args;
-    block.qkv.gemm = product(0, from);
-    block.qkv.q = q.mutable_data_ptr();
-    block.qkv.kv_cache = kv.mutable_data_ptr();
-    block.attention = attentions[head_masks.empty() ? 0 : layer].args;
-    block.attention.scale = stack->scales[layer];
-    block.attention.kv_cache = kv.const_data_ptr();
-    for (int i = 0; i < 3; i++) block.qkv.kv_strides[i] = block.attention.kv_strides[i] = kv.stride(i);
-    block.attention.out = attended.mutable_data_ptr();
-    block.attention.out_stride = attended.stride(1);
-    void* to = hidden.mutable_data_ptr();
-    block.linear[0] = {product(1, attended.const_data_ptr()), 0, from, to};
-    if (stack->is_parallel) continue;
-    block.linear[1] = {product(2, to), stack->activation, nullptr, mlp.mutable_data_ptr()};
-    block.linear[2] = {product(3, mlp.const_data_ptr()), 0, to, to};
-  }
-  if (batch * tokens == 0) return hidden;
-
-  const LinearKernels& kernels = ALULA_KERNELS(kLinear);
-  const bool in_team = batch * tokens <= kernels.gemm.rows_per_block && num_threads() > 1;
-  ALULA_TRACE("decoder_blocks", blocks[0].attention.dtype, layers, " blocks, ", size_class(batch * tokens),
-              " rows: ", in_team ? "one team for all" : "a parallel_for for each product");
-  AttentionPlan& plan = plan_attention(blocks[0].attention);
-  if (!in_team) {
-    run_blocks(blocks, per_block - 1, plan);
-    return hidden;
-  }
-  size_t bytes = 0;
-  for (const Block& block : blocks) {
-    bytes = std::max(bytes, packed_bytes(block.qkv.gemm, kernels.gemm));
-    for (size_t i = 0; i + 1 < per_block; i++)
-      bytes = std::max(bytes, packed_bytes(block.linear[i].gemm, kernels.gemm));
-  }
-  run_team(
-      [&] {
-        thread_scratch<PackedX>().reserve(bytes);
-        reserve_attention(plan);
-      },
-      [&](TeamMember&) { run_blocks(blocks, per_block - 1, plan); });
-  return hidden;
+  if (stops_early) return run_last_block(*stack, blocks.empty() ? input : to.hidden, calls, inputs, kept);
+  return kept < tokens ? as_contiguous(last(to.hidden, 1, kept)) : to.hidden;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alula, CPU, m) {

@@ -82,6 +82,18 @@ void run_qkv_projection(const QkvProjectionArgs& args) {
                  });
 }
 
+void run_keys_and_values(const QkvProjectionArgs& args) {
+  const QkvProjectionKernels& kernels = ALULA_KERNELS(kQkvProjection);
+  const int64_t begin = args.num_heads * args.head_dim, end = begin + 2 * args.num_kv_heads * args.head_dim;
+  const int64_t first = begin / kPanelRows;
+  PanelGemmArgs part = args.gemm;  // as many panels, for the shares of the threads
+  part.n = (num_panels(end) - first) * kPanelRows;
+  run_panel_gemm("qkv_projection (keys and values)", part, kernels.gemm,
+                 [&](const void* packed, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
+                   kernels.multiply(args, packed, first + p0, first + p1, b0, b1);
+                 });
+}
+
 namespace {
 
 void run_on_cuda(QkvProjectionArgs& args, const Tensor& x, const Tensor& weight, [[maybe_unused]] int64_t num_slots,

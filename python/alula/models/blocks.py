@@ -184,6 +184,7 @@ def run_blocks(
     causal: bool = True,
     observe: BlockObserver | None = None,
     cross: Callable[[int, Tensor], Tensor] | None = None,
+    tokens_to_keep: int = 0,
 ) -> Tensor:
     """Runs pre-layer-norm blocks: QKV (normed), attention, output (+ residual), MLP in (normed, activated), MLP out
     (+ residual). One op call for all, or on CUDA and with padding after tokens, ``observe`` or ``cross``, five calls
@@ -197,11 +198,21 @@ def run_blocks(
         observe: called in every block with its index, its input and its query [B, T, H, D], once keys are written.
         cross: called between attention and MLP with the block's index and [B, T, E]; gives back the sum of that and of
             its own attention.
+        tokens_to_keep: n > 0 where only the outputs of the last n tokens are wanted, 0 for all.
 
-    Returns: [B, T, E], not normed.
+    Returns: [B, T, E] or [B, n, E], not normed.
     """
     if not x.is_cuda and padding_positions is None and observe is None and cross is None:
-        return blocks.run(x, kv_layers, positions, lengths, mask=mask, head_masks=head_masks or (), causal=causal)
+        return blocks.run(
+            x,
+            kv_layers,
+            positions,
+            lengths,
+            mask=mask,
+            head_masks=head_masks or (),
+            causal=causal,
+            tokens_to_keep=tokens_to_keep,
+        )
     heads, kv_heads, head_dim, _, _, scales, eps, activation = shape
     for layer, (n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc_w, fc_b, proj_w, proj_b) in enumerate(blocks):
         kv = kv_layers[layer]
@@ -221,6 +232,10 @@ def run_blocks(
         )
         if observe is not None:
             observe(layer, x, q)
+        if layer == len(blocks) - 1:
+            x, q, positions, padding_positions, mask = keep_last(
+                tokens_to_keep, x, q, positions, padding_positions, mask
+            )
         head_mask = None if head_masks is None else head_masks[layer]
         y = attention_op(q, kv, positions, lengths, mask, head_mask, scales[layer], causal)
         if padding_positions is not None:
@@ -247,6 +262,7 @@ def run_parallel_blocks(
     observe: BlockObserver | None,
     rotary_table: Tensor,
     rotary_positions: Tensor,
+    tokens_to_keep: int = 0,
 ) -> Tensor:
     """Runs parallel blocks ``x + attention(norm(x)) + mlp(norm(x))``: QKV and MLP in as one product (normed, turned,
     activated), attention, attention output and MLP out as one product (+ residual). One op call for all, or on
@@ -267,6 +283,7 @@ def run_parallel_blocks(
             causal=causal,
             rotary_table=rotary_table,
             rotary_positions=rotary_positions,
+            tokens_to_keep=tokens_to_keep,
         )
     heads, kv_heads, head_dim, width, mlp_width, scales, eps, activation = shape
     inner = x.new_empty(x.shape[0], x.shape[1], width + mlp_width)
@@ -293,12 +310,33 @@ def run_parallel_blocks(
         )
         if observe is not None:
             observe(layer, x, q)
+        if layer == len(blocks) - 1:
+            x, q, positions, padding_positions, mask = keep_last(
+                tokens_to_keep, x, q, positions, padding_positions, mask
+            )
+            inner = inner[:, -x.shape[1] :].contiguous()
+            attended = inner[..., :width]
         head_mask = None if head_masks is None else head_masks[layer]
         attention_into_op(q, kv, positions, lengths, mask, head_mask, scales[layer], causal, attended)
         if padding_positions is not None:
             attended += attention_op(q, kv, padding_positions, lengths, mask, head_mask, scales[layer], causal)
         x = product(inner, out_w, out_b, residual=x)
     return x
+
+
+def keep_last(
+    count: int, x: Tensor, q: Tensor, positions: Tensor, padding_positions: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments for the last ``count`` queries, once all keys and values are stored; as given for 0 or too many."""
+    if not 0 < count < x.shape[1]:
+        return x, q, positions, padding_positions, mask
+    return (
+        x[:, -count:],
+        q[:, -count:],
+        positions[:, -count:],
+        None if padding_positions is None else padding_positions[:, -count:],
+        None if mask is None else mask[:, :, -count:],
+    )
 
 
 def attention_probabilities(

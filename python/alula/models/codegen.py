@@ -140,6 +140,7 @@ class CodeGenModel(DecoderModel, CodeGenPreTrainedModel):
         observe: BlockObserver | None,
         cross: CrossAttention | None,
         position_ids: Tensor,
+        tokens_to_keep: int = 0,
     ) -> Tensor:
         return run_parallel_blocks(
             self._bound.blocks,
@@ -155,6 +156,7 @@ class CodeGenModel(DecoderModel, CodeGenPreTrainedModel):
             observe,
             self._rotary_table,
             position_ids.to(torch.int32).expand(positions.shape).contiguous(),
+            tokens_to_keep,
         )
 
     def _full_mask(self, mask: Tensor, batch: int, tokens: int, columns: int, cache: KVCache) -> Tensor:
@@ -276,6 +278,7 @@ class CodeGenForCausalLM(GenerationMixin, DecoderWithHead, CodeGenPreTrainedMode
             use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
         )
         hidden = run.hidden
         if not isinstance(logits_to_keep, int) or logits_to_keep:

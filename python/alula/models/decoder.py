@@ -127,6 +127,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
         observe: BlockObserver | None,
         cross: CrossAttention | None,
         position_ids: Tensor,
+        tokens_to_keep: int = 0,
     ) -> Tensor:
         """All blocks, as :func:`alula.models.blocks.run_blocks`; position_ids: int64 [B or 1, T]."""
         return run_blocks(
@@ -142,6 +143,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
             causal,
             observe,
             cross,
+            tokens_to_keep,
         )
 
     def _bind(self) -> _Bound:
@@ -175,9 +177,14 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
         output_hidden_states: bool | None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        tokens_to_keep: int = 0,
     ) -> DecoderRun:
         """One pass through all blocks. Raises ValueError for inputs that do not fit, before the cache changes; should
-        anything fail later, the cache is put back to where it was."""
+        anything fail later, the cache is put back to where it was.
+
+        ``tokens_to_keep``: n > 0 where the caller reads the last n tokens of ``hidden`` alone; it may then hold no more
+        than these.
+        """
         require_tensors(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -311,6 +318,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
                 observe,
                 cross,
                 position_ids,
+                0 if output_hidden_states or has_encoder else tokens_to_keep,
             )
         except BaseException as error:
             cache.crop(past)
@@ -389,13 +397,23 @@ class DecoderWithHead(DecoderPreTrainedModel):
         x = base._run_blocks(x, cache, slots, lengths, None, None, None, True, None, None, position_ids)
         return normed_linear(x, base.final_norm(), self.lm_head)
 
-    def _run(self, *inputs: Any, output_attentions: bool | None, output_hidden_states: bool | None) -> DecoderRun:
-        """:meth:`DecoderModel.run` on the inputs up to use_cache, and encoder states after; hidden states complete."""
+    def _run(
+        self,
+        *inputs: Any,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> DecoderRun:
+        """:meth:`DecoderModel.run` on the inputs up to use_cache, and encoder states after; hidden states complete.
+
+        ``logits_to_keep``: what the caller selects of ``hidden``, which may hold no more than the last so many tokens.
+        """
         run = self.transformer.run(
             *inputs[:8],
             self._wants("output_attentions", output_attentions),
             self._wants("output_hidden_states", output_hidden_states),
             *inputs[8:],
+            tokens_to_keep=max(0, logits_to_keep) if isinstance(logits_to_keep, int) else 0,
         )
         if run.hidden_states is None:
             return run

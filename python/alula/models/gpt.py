@@ -257,6 +257,7 @@ class GPTForCausalLM(GenerationMixin, DecoderWithHead):
             encoder_attention_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
         )
         hidden = run.hidden
         if not isinstance(logits_to_keep, int) or logits_to_keep:

@@ -87,6 +87,7 @@ class DecoderBlocks:
         causal: bool = True,
         rotary_table: Tensor | None = None,
         rotary_positions: Tensor | None = None,
+        tokens_to_keep: int = 0,
     ) -> Tensor:
         """The last block's output [B, T, E], not normed.
 
@@ -96,6 +97,8 @@ class DecoderBlocks:
             head_masks: none, or float32 [H] for each block.
             positions, lengths, mask, causal: as :func:`attention`. rotary_table, rotary_positions: as
                 :func:`qkv_projection`.
+            tokens_to_keep: n > 0 for the output of the last n tokens only, [B, n, E], which costs less: of the others
+                the last block stores keys and values and computes no more. 0, or n >= T: of all.
 
         Raises: RuntimeError for shapes, dtypes, counts or indices that do not fit, before anything is written.
         """
@@ -111,13 +114,27 @@ class DecoderBlocks:
             causal,
             rotary_table,
             rotary_positions,
+            tokens_to_keep,
         )
 
 
 @torch.library.register_fake("alula::decoder_blocks")
-def _(x, blocks, kv_caches, positions, lengths, mask, head_masks, causal, rotary_table, rotary_positions):
+def _(
+    x,
+    blocks,
+    kv_caches,
+    positions,
+    lengths,
+    mask,
+    head_masks,
+    causal,
+    rotary_table,
+    rotary_positions,
+    tokens_to_keep=0,
+):
     same_device(x=x, kv_caches=kv_caches[0], positions=positions, lengths=lengths, mask=mask, rotary_table=rotary_table)
-    return x.new_empty(x.shape)
+    batch, tokens, width = x.shape
+    return x.new_empty(batch, min(tokens, tokens_to_keep) if tokens_to_keep else tokens, width)
 
 
 # Resolved once, not at every step of decoding.
