@@ -287,11 +287,19 @@ def encoder_flops(config: Config, tokens: int, batch: int) -> int:
 
 
 def prefill_flops(config: Config, lengths: list[int]) -> int:
-    """Operations of reading prompts of these lengths: matrices, causal attention, and the head for the last token."""
+    """Operations that the cache and the last token's logits need, for prompts of these lengths: matrices, causal
+    attention, the head for the last token. In the last block all tokens but the last need keys and values only; an
+    engine that computes more for them does so in the same time, and its rate is the lower."""
     of = family(config)
+    layers = config["n_layer"]
+    block = of.matrix_elements(config) // layers
+    keys_and_values = config["n_embd"] * of.cache_elements(config) // layers
+    width = of.attention_width(config) // layers
     return sum(
-        2 * length * of.matrix_elements(config)
-        + 2 * length * (length + 1) * of.attention_width(config)
+        2 * length * ((layers - 1) * block + keys_and_values)
+        + 2 * (block - keys_and_values)
+        + 2 * length * (length + 1) * (layers - 1) * width
+        + 4 * length * width
         + 2 * of.head_elements(config)
         for length in lengths
     )

@@ -168,7 +168,9 @@ def test_work_of_a_step_and_of_a_prompt():
     config = presets.PRESETS["toy"]  # L2 E64 H4 F256 V512, one key/value head of 16
     matrices = 2 * 64 * (64 + 32 + 64 + 2 * 256)
     assert presets.step_bytes(config, 2, batch=3, context=10) == 2 * (matrices + 512 * 64 + 3 * 10 * 2 * 32)
-    assert presets.prefill_flops(config, [5]) == 2 * 5 * matrices + 4 * (5 * 6 // 2) * 2 * 64 + 2 * 512 * 64
+    block = matrices // 2  # of the last one, keys and values for all tokens and the rest for one
+    products = 5 * block + 5 * 64 * 32 + (block - 64 * 32)
+    assert presets.prefill_flops(config, [5]) == 2 * products + 4 * (5 * 6 // 2 + 5) * 64 + 2 * 512 * 64
 
 
 def test_a_folder_is_a_checkpoint_and_is_the_same_every_time(tmp_path):
