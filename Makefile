@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-transformers-4 bench lint format wheel build resources gpu clean help
+.PHONY: demo test test-transformers-4 bench lint format tidy sanitize wheel build resources prebuilt gpu clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "also: build, bench, test-transformers-4, lint, format, tidy, sanitize, wheel, resources, gpu, clean"
+	@echo "also: build, bench, test-transformers-4, lint, format, tidy, sanitize, wheel, resources, prebuilt, gpu, clean"
 
 # CUDA kernels take minutes to compile: without a GPU the demo leaves them out, unless ALULA_CUDA=1.
 demo: export ALULA_CUDA := $(or $(ALULA_CUDA),$(if $(wildcard /dev/nvidia0),,0))
@@ -70,10 +70,15 @@ sanitize: $(VENV)/.test
 resources: build
 	$(BIN)/python csrc/cuda/resources.py report $$(ls -td build/cp*/ | head -1)
 
-# Everything that needs a GPU: tests, compute-sanitizer, benchmark, a results file. With GPU_PYTHON=python3 that
-# interpreter's packages and the compiled files already in python/alula are taken, and nothing is installed or built.
+# Everything that needs a GPU: tests, compute-sanitizer, benchmark, a results file. GPU_PYTHON=python3 takes that
+# interpreter's packages and installs none (no network is needed): the op library comes from build/prebuilt, which
+# `make prebuilt` makes elsewhere, and alula._C is compiled for it; without build/prebuilt everything is built.
 gpu: $(if $(GPU_PYTHON),,build $(VENV)/.test)
-	$(if $(GPU_PYTHON),PYTHONPATH=python $(GPU_PYTHON),$(BIN)/python) tests/gpu/prove.py $(GPU_ARGS)
+	$(if $(GPU_PYTHON),$(GPU_PYTHON) tests/gpu/prebuilt.py use)
+	$(if $(GPU_PYTHON),PYTHONPATH=$(CURDIR)/python $(GPU_PYTHON),$(BIN)/python) tests/gpu/prove.py $(GPU_ARGS)
+
+prebuilt: build
+	$(BIN)/python tests/gpu/prebuilt.py pack
 
 wheel: $(VENV)/.run
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -6,6 +6,7 @@
 #include <array>
 #include <chrono>
 
+#include "core/build_facts.h"
 #include "cpu/isa.h"
 #include "cpu/peak.h"
 #include "cuda/device.h"
@@ -18,14 +19,15 @@ namespace py = pybind11;
 namespace {
 
 py::dict build_info() {
-  py::dict info;
-  info["version"] = ALULA_VERSION;
-  info["compiler"] = ALULA_COMPILER;
-  info["torch_abi"] = ALULA_TORCH_ABI;
+  const alula::BuildFacts& build = alula::build_facts();
   const std::string archs = alula::cuda_archs();
-  info["cuda"] = archs.empty() ? py::object(py::none()) : py::str(ALULA_CUDA_VERSION);
+  py::dict info;
+  info["version"] = build.version;
+  info["compiler"] = build.compiler;
+  info["torch_abi"] = build.torch_abi;
+  info["cuda"] = archs.empty() ? py::object(py::none()) : py::str(build.cuda_version);
   info["cuda_archs"] = archs;
-  info["cuda_reason"] = ALULA_CUDA_REASON;
+  info["cuda_reason"] = build.cuda_reason;
   return info;
 }
 

@@ -5,11 +5,15 @@ A test that takes `isa` runs once per ISA, which is forced and afterwards restor
 
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
-import alula._library  # noqa: F401
+import alula._library
 import pytest
 import torch
 from alula import _C
+
+# alula.bench is the folder bench/ of a checkout, also where alula is not installed but on PYTHONPATH.
+alula.__path__.append(str(Path(__file__).resolve().parent.parent))
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

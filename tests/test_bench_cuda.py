@@ -75,7 +75,7 @@ def test_the_whole_proof_as_a_dry_run(tmp_path: Path, monkeypatch: pytest.Monkey
     results = json.loads(out.read_text())
     assert results["gpu"] == "No GPU (dry run)"
     assert results["tests"] == {"passed": 12, "skipped": 3}
-    assert [step["step"] for step in results["steps"]] == ["tests", "benchmark"]
+    assert [step["step"] for step in results["steps"]] == ["tests", "benchmark of ops", "benchmark of models"]
     compile(commands[1][1][-1], "benchmark", "exec")
     if not torch.cuda.is_available():
         assert prove.main([]) == 2

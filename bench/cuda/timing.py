@@ -83,8 +83,8 @@ class Bench(NamedTuple):
         a = self.rand(width, width)
         product = min(self.elapsed(lambda _: a @ a, 0, 3) for _ in range(4))
         return {
-            "copy GB/s": round(2 * size / copy / 1e3, 1),
-            "bf16 product TFLOP/s": round(2 * width**3 / product / 1e6, 1),
+            "copy GB/s": float(f"{2 * size / copy / 1e3:.4g}"),
+            "bf16 product TFLOP/s": float(f"{2 * width**3 / product / 1e6:.4g}"),
         }
 
 
