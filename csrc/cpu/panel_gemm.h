@@ -1,11 +1,12 @@
 // Packed-weight product with a fused leading layer norm and any epilogue: the body of linear and qkv_projection.
 //
-// A thread owns a range of panels (32 columns of the output each) and a range of row blocks. Per panel:
+// A thread owns a range of panels (32 columns of the output each) and a range of row blocks, kMaxRowsAtOnce rows at
+// most. Per panel:
 //   zero the sums C [rows][32] (on the stack, in the second-level cache)
 //   for each block of K that keeps the panel's part in the first-level cache (kBlockBytes of tile.h)
 //     for each block of rows: tile (tile.h)
 //   hand C to the epilogue, all of K summed
-// So a weight comes from memory once per kMaxRowsAtOnce rows, in address order, and partial sums never leave the cache.
+// So a weight comes from memory once per call, in address order, and partial sums never leave the cache.
 // The first tile of each block asks for the weights kPrefetchAhead bytes early: one row runs at memory speed, many rows
 // wait little.
 #pragma once
@@ -64,13 +65,14 @@ void pack_rows_of(const PanelGemmArgs& args, int64_t first, int64_t last, void* 
   for (int64_t block = first; block < last; block++) {
     const int64_t begin = block * kRows;
     const int rows = static_cast<int>(args.m - begin < kRows ? args.m - begin : kRows);
-    float* a = static_cast<float*>(packed) + begin * row_size;
+    float* a = static_cast<float*>(packed) + (begin - first * kRows) * row_size;
     for (int row = 0; row < rows; row++) pack_x_row<W, As>(args, begin + row, a + row * kRowStride<As>, rows);
   }
 }
 
-// Panels [first_panel, last_panel) for the rows of blocks [first_block, last_block), packed at `packed` (block 0 of X
-// is at its start). epilogue(row, panel, rows, c): rows of X from `row` on, their sums in c [rows][32].
+// Panels [first_panel, last_panel) for the rows of blocks [first_block, last_block), at most kMaxRowsAtOnce of them, as
+// pack_rows leaves them at `packed`. epilogue(row, panel, rows, c): rows of X from `row` on, their sums in c
+// [rows][32].
 template <typename W, typename Epilogue>
 void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t first_panel, int64_t last_panel,
                      int64_t first_block, int64_t last_block, const Epilogue& epilogue) {
@@ -79,35 +81,26 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
   const int64_t row_size = packed_row_size<W>(args.k);
   const int64_t first_row = first_block * kRows;
   const int64_t last_row = last_block * kRows < args.m ? last_block * kRows : args.m;
+  const int64_t count = last_row - first_row;
   alignas(64) float c[kMaxRowsAtOnce * kPanel];
 
-  // Rows in equal shares of at most kMaxRowsAtOnce, so that none is a small rest that reads all weights again.
-  const int64_t blocks = (last_row - first_row + kRows - 1) / kRows;
-  constexpr int64_t kMaxBlocks = kMaxRowsAtOnce / kRows;
-  const int64_t shares = (blocks + kMaxBlocks - 1) / kMaxBlocks;
-  for (int64_t share = 0; share < shares; share++) {
-    const int64_t row_begin = first_row + blocks * share / shares * kRows;
-    const int64_t end = first_row + blocks * (share + 1) / shares * kRows;
-    const int64_t row_end = end < last_row ? end : last_row;
-    for (int64_t panel = first_panel; panel < last_panel; panel++) {
-      const W* b = static_cast<const W*>(args.weight) + panel * steps * kPair * kPanel;
-      std::memset(c, 0, static_cast<size_t>(row_end - row_begin) * kPanel * sizeof(float));
-      for (int64_t step = 0; step < steps; step += kBlockSteps<W>) {
-        const int64_t count = steps - step < kBlockSteps<W> ? steps - step : kBlockSteps<W>;
-        for (int64_t row = row_begin; row < row_end; row += kRows) {
-          const int rows = static_cast<int>(row_end - row < kRows ? row_end - row : kRows);
-          const float* a =
-              static_cast<const float*>(packed) + row * row_size + step / kBlockSteps<W> * rows * kRowStride<W>;
-          float* sums = c + (row - row_begin) * kPanel;
-          // The first rows bring the panel's block from memory, the others find it in the cache.
-          const auto multiply = row != row_begin ? tile_for<W>(rows)
-                                : blocks == 1    ? tile_for<W, Stream::kOnce>(rows)
-                                                 : tile_for<W, Stream::kFirst>(rows);
-          multiply(a, b + step * kPair * kPanel, count, sums);
-        }
+  for (int64_t panel = first_panel; panel < last_panel; panel++) {
+    const W* b = static_cast<const W*>(args.weight) + panel * steps * kPair * kPanel;
+    std::memset(c, 0, static_cast<size_t>(count) * kPanel * sizeof(float));
+    for (int64_t step = 0; step < steps; step += kBlockSteps<W>) {
+      const int64_t block = steps - step < kBlockSteps<W> ? steps - step : kBlockSteps<W>;
+      for (int64_t row = 0; row < count; row += kRows) {
+        const int rows = static_cast<int>(count - row < kRows ? count - row : kRows);
+        const float* a =
+            static_cast<const float*>(packed) + row * row_size + step / kBlockSteps<W> * rows * kRowStride<W>;
+        // The first rows bring the panel's block from memory, the others find it in the cache.
+        const auto multiply = row != 0         ? tile_for<W>(rows)
+                              : count <= kRows ? tile_for<W, Stream::kOnce>(rows)
+                                               : tile_for<W, Stream::kFirst>(rows);
+        multiply(a, b + step * kPair * kPanel, block, c + row * kPanel);
       }
-      epilogue(row_begin, panel, row_end - row_begin, c);
     }
+    epilogue(first_row, panel, count, c);
   }
 }
 

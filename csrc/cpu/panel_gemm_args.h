@@ -25,16 +25,16 @@ struct PanelGemmArgs {
 };
 
 constexpr int64_t kPanelRows = 32;       // rows of W in a panel
-constexpr int64_t kMaxRowsAtOnce = 768;  // rows of X that share one pass over a panel: bounds the fp32 sums kept aside
+constexpr int64_t kMaxRowsAtOnce = 768;  // rows of X of one pass over the weight: bounds what is packed, and sums
 
 inline int64_t num_panels(int64_t n) { return (n + kPanelRows - 1) / kPanelRows; }
 
 // What a thread does. Rows are counted in blocks of rows_per_block, which depends on the instruction set.
 struct PanelGemmKernels {
   int rows_per_block;
-  // Bytes of X packed: rows rounded to nothing, so block b starts at b * rows_per_block * packed_row_bytes.
+  // Bytes of a row of X packed; block b starts at b * rows_per_block times that.
   int64_t (*packed_row_bytes)(const PanelGemmArgs& args);
-  // Layer norm, conversion and packing of blocks [first, last) of X into `packed`.
+  // Layer norm, conversion and packing of blocks [first, last) of X, from the start of `packed` on.
   void (*pack_rows)(const PanelGemmArgs& args, int64_t first, int64_t last, void* packed);
 };
 

@@ -107,7 +107,7 @@ void quantize_rows_of(const PanelGemmArgs& args, int64_t first, int64_t last, vo
   for (int64_t block = first; block < last; block++) {
     const int64_t begin = block * kRows;
     const int rows = static_cast<int>(args.m - begin < kRows ? args.m - begin : kRows);
-    uint8_t* a = static_cast<uint8_t*>(packed) + begin * row_bytes;
+    uint8_t* a = static_cast<uint8_t*>(packed) + (begin - first * kRows) * row_bytes;
     for (int row = 0; row < rows; row++) quantize_x_row<W>(args, begin + row, a + row * kActivationStride, rows);
   }
 }
@@ -207,16 +207,10 @@ void widen_panel(WeightFormat f, const uint8_t* panel, int64_t begin, int64_t co
   }
 }
 
-// f(row_begin, row_end): rows in equal shares of at most kMaxRowsAtOnce, as in multiply_panels.
-template <typename F>
-ALULA_INLINE void for_each_share(const PanelGemmArgs& args, int64_t first_block, int64_t last_block, const F& f) {
-  constexpr int64_t kMaxBlocks = kMaxRowsAtOnce / kRows;
-  const int64_t blocks = last_block - first_block;
-  const int64_t shares = (blocks + kMaxBlocks - 1) / kMaxBlocks;
-  for (int64_t share = 0; share < shares; share++) {
-    const int64_t end = (first_block + blocks * (share + 1) / shares) * kRows;
-    f((first_block + blocks * share / shares) * kRows, end < args.m ? end : args.m);
-  }
+// The rows of blocks [first_block, last_block).
+ALULA_INLINE int64_t rows_in(const PanelGemmArgs& args, int64_t first_block, int64_t last_block) {
+  const int64_t end = last_block * kRows;
+  return (end < args.m ? end : args.m) - first_block * kRows;
 }
 
 void multiply_quantized_activations(const PanelGemmArgs& args, const uint8_t* packed, int64_t first_panel,
@@ -224,70 +218,67 @@ void multiply_quantized_activations(const PanelGemmArgs& args, const uint8_t* pa
                                     PanelEpilogue epilogue) {
   const WeightFormat f = args.format;
   const int64_t bytes = panel_bytes(f, args.k), row_bytes = quantized_row_bytes(args);
-  const int64_t blocks = num_activation_blocks(args.k);
+  const int64_t blocks = num_activation_blocks(args.k), count = rows_in(args, first_block, last_block);
+  const bool several = count > kRows;  // row blocks that read a block of the panel
+  const bool unpack = has_4bit_codes(f.kind) && several;
   alignas(64) float c[kMaxRowsAtOnce * kPanel];
   alignas(64) uint8_t unpacked[kActivationBlock * kPanel];
 
-  for_each_share(args, first_block, last_block, [&](int64_t row_begin, int64_t row_end) {
-    const bool several = row_end - row_begin > kRows;  // row blocks that read a block of the panel
-    const bool unpack = has_4bit_codes(f.kind) && several;
-    for (int64_t panel = first_panel; panel < last_panel; panel++) {
-      const uint8_t* weight = static_cast<const uint8_t*>(args.weight) + panel * bytes;
-      std::memset(c, 0, static_cast<size_t>(row_end - row_begin) * kPanel * sizeof(float));
-      for (int64_t block = 0; block < blocks; block++) {
-        PanelBlock b = block_of(f, weight, args.k, block);
-        if (unpack) {
-          if (f.kind == WeightKind::kNf4) {
-            unpack_codes<TableNibbles>(b, unpacked);
-          } else {
-            unpack_codes<Nibbles>(b, unpacked);
-          }
-          b.codes = unpacked;
-          b.codes_stride = b.steps * kStepBytes8;
+  for (int64_t panel = first_panel; panel < last_panel; panel++) {
+    const uint8_t* weight = static_cast<const uint8_t*>(args.weight) + panel * bytes;
+    std::memset(c, 0, static_cast<size_t>(count) * kPanel * sizeof(float));
+    for (int64_t block = 0; block < blocks; block++) {
+      PanelBlock b = block_of(f, weight, args.k, block);
+      if (unpack) {
+        if (f.kind == WeightKind::kNf4) {
+          unpack_codes<TableNibbles>(b, unpacked);
+        } else {
+          unpack_codes<Nibbles>(b, unpacked);
         }
-        for (int64_t row = row_begin; row < row_end; row += kRows) {
-          const int rows = static_cast<int>(row_end - row < kRows ? row_end - row : kRows);
-          const uint8_t* a = packed + row * row_bytes + block * rows * kActivationStride;
-          QuantizedTile tile;
-          if (f.kind == WeightKind::kInt8) {
-            tile = several && row == row_begin ? quantized_tile_for<BytesRowScale, kPrefetchAhead>(rows)
-                                               : quantized_tile_for<BytesRowScale, 0>(rows);
-          } else if (unpack) {
-            tile = quantized_tile_for<BytesGroupScale, 0>(rows);
-          } else if (f.kind == WeightKind::kNf4) {
-            tile = quantized_tile_for<TableNibbles, 0>(rows);
-          } else {
-            tile = quantized_tile_for<Nibbles, 0>(rows);
-          }
-          tile(a, b, c + (row - row_begin) * kPanel);
-        }
+        b.codes = unpacked;
+        b.codes_stride = b.steps * kStepBytes8;
       }
-      epilogue.write(epilogue.context, row_begin, panel, row_end - row_begin, c);
+      for (int64_t row = 0; row < count; row += kRows) {
+        const int rows = static_cast<int>(count - row < kRows ? count - row : kRows);
+        const uint8_t* a = packed + row * row_bytes + block * rows * kActivationStride;
+        QuantizedTile tile;
+        if (f.kind == WeightKind::kInt8) {
+          tile = several && row == 0 ? quantized_tile_for<BytesRowScale, kPrefetchAhead>(rows)
+                                     : quantized_tile_for<BytesRowScale, 0>(rows);
+        } else if (unpack) {
+          tile = quantized_tile_for<BytesGroupScale, 0>(rows);
+        } else if (f.kind == WeightKind::kNf4) {
+          tile = quantized_tile_for<TableNibbles, 0>(rows);
+        } else {
+          tile = quantized_tile_for<Nibbles, 0>(rows);
+        }
+        tile(a, b, c + row * kPanel);
+      }
     }
-  });
+    epilogue.write(epilogue.context, first_block * kRows, panel, count, c);
+  }
 }
 
 void multiply_full_activations(const PanelGemmArgs& args, const float* packed, int64_t first_panel, int64_t last_panel,
                                int64_t first_block, int64_t last_block, PanelEpilogue epilogue) {
   const int64_t bytes = panel_bytes(args.format, args.k), row_size = packed_row_size<float>(args.k);
+  const int64_t row_count = rows_in(args, first_block, last_block);
   alignas(64) float c[kMaxRowsAtOnce * kPanel];
   alignas(64) float widened[kFullBlock * kPanel];
-  for_each_share(args, first_block, last_block, [&](int64_t row_begin, int64_t row_end) {
-    for (int64_t panel = first_panel; panel < last_panel; panel++) {
-      const uint8_t* weight = static_cast<const uint8_t*>(args.weight) + panel * bytes;
-      std::memset(c, 0, static_cast<size_t>(row_end - row_begin) * kPanel * sizeof(float));
-      for (int64_t k = 0; k < args.k; k += kFullBlock) {
-        const int64_t count = args.k - k < kFullBlock ? args.k - k : kFullBlock;
-        widen_panel(args.format, weight, k, count, widened);
-        for (int64_t row = row_begin; row < row_end; row += kRows) {
-          const int rows = static_cast<int>(row_end - row < kRows ? row_end - row : kRows);
-          const float* a = packed + row * row_size + k / kFullBlock * rows * kRowStride<float>;
-          tile_for<float>(rows)(a, widened, count, c + (row - row_begin) * kPanel);
-        }
+  for (int64_t panel = first_panel; panel < last_panel; panel++) {
+    const uint8_t* weight = static_cast<const uint8_t*>(args.weight) + panel * bytes;
+    std::memset(c, 0, static_cast<size_t>(row_count) * kPanel * sizeof(float));
+    for (int64_t k = 0; k < args.k; k += kFullBlock) {
+      const int64_t count = args.k - k < kFullBlock ? args.k - k : kFullBlock;
+      widen_panel(args.format, weight, k, count, widened);
+      for (int64_t row = 0; row < row_count; row += kRows) {
+        const int rows = static_cast<int>(row_count - row < kRows ? row_count - row : kRows);
+        const float* a = packed + row * row_size + k / kFullBlock * rows * kRowStride<float>;
+        tile_for<float>(rows)(a, widened, count, c + row * kPanel);
       }
-      epilogue.write(epilogue.context, row_begin, panel, row_end - row_begin, c);
     }
-  });
+    epilogue.write(epilogue.context, first_block * kRows, panel, row_count, c);
+  }
 }
 
 }  // namespace

@@ -104,7 +104,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t out_features, const
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out_features;
   const Place place = place_of(x, "x");
-  Tensor out = new_tensor(sizes, x.scalar_type(), place);
+  Tensor out = new_large_tensor(sizes, x.scalar_type(), place);
   call.args.out = out.mutable_data_ptr();
   if (place.is_cuda()) return linear_on_cuda(call.args, as_contiguous(x), weight, out);
   run_linear(call.args);

@@ -131,7 +131,7 @@ Tensor qkv_projection(const Tensor& x, const Tensor& weight, const OptionalTenso
       check_qkv_projection(x, weight, bias, norm_weight, norm_bias, norm_eps, num_heads, num_kv_heads, head_dim,
                            kv_cache, positions, rotary_table, rotary_positions, mlp, mlp_activation, format);
   const Place place = place_of(x, "x");
-  Tensor q = new_tensor({x.size(0), x.size(1), num_heads, head_dim}, x.scalar_type(), place);
+  Tensor q = new_large_tensor({x.size(0), x.size(1), num_heads, head_dim}, x.scalar_type(), place);
   call.args.q = q.mutable_data_ptr();
   if (place.is_cuda()) {
     run_on_cuda(call.args, as_contiguous(x), weight, kv_cache.size(2), rotary_table ? rotary_table->size(0) : 0);
