@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY(alula, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int out_features, int in_features) -> Tensor");
   m.def("quantize_weight(Tensor weight, int format) -> Tensor");
+  m.def("quantize_columns(Tensor weight, Tensor factor, int format) -> (Tensor, Tensor)");
   m.def("dequantize_weight(Tensor packed, int out_features, int in_features, int format, ScalarType dtype) -> Tensor");
   m.def("embedding(Tensor input_ids, Tensor packed, int num_embeddings, int embedding_dim, Tensor? position_ids, Tensor? position_table, Tensor? token_type_ids, Tensor? token_type_table=None, float scale=1.0, int format=0, ScalarType? dtype=None) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, int out_features, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int activation, Tensor? residual, int format=0) -> Tensor");

@@ -70,6 +70,7 @@ ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "pack_weight": lambda: [torch.randn(5, 6)],
     "unpack_weight": lambda: [ops.pack(torch.randn(5, 6)).data, 5, 6],
     "quantize_weight": lambda: [torch.randn(5, 6), ops.pack(torch.randn(5, 6), "int8").code],
+    "quantize_columns": lambda: [torch.randn(5, 6), torch.eye(6), ops.pack(torch.randn(5, 6), "int4").code],
     "dequantize_weight": lambda: [*ops.pack(torch.randn(5, 6), "int8")[:4], torch.float32],
     "embedding": _embedding,
     "linear": _linear,

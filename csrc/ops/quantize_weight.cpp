@@ -80,15 +80,7 @@ bool quantize_row(WeightFormat f, const PlainWeight& weight, int64_t row, uint8_
     uint8_t* group = panel + begin / f.group_size * group_bytes(f);
     const int64_t count = k - begin < f.group_size ? k - begin : f.group_size;
     if (!quantize_group(f.kind, values.data() + begin, count, f.group_size, quantized)) return false;
-    auto* scales = reinterpret_cast<uint16_t*>(group);
-    scales[lane] = quantized.scale;
-    if (f.kind == WeightKind::kInt4Asymmetric) scales[kPanelRows + lane] = quantized.least;
-    uint8_t* steps = group + header_bytes(f.kind);
-    for (int64_t i = 0; i < f.group_size; i++) {
-      uint8_t& byte = steps[i / 4 * kStepBytes4 + lane % 16 * 4 + i % 4];
-      byte = lane < 16 ? static_cast<uint8_t>((byte & 0xf0) | quantized.codes[i])
-                       : static_cast<uint8_t>((byte & 0x0f) | quantized.codes[i] << 4);
-    }
+    store_group(f, quantized, lane, group);
   }
   return true;
 }
@@ -128,6 +120,18 @@ void dequantize_panels(WeightFormat f, const uint8_t* packed, int64_t n, int64_t
 }
 
 }  // namespace
+
+void store_group(WeightFormat f, const QuantizedGroup& quantized, int64_t lane, uint8_t* group) {
+  auto* scales = reinterpret_cast<uint16_t*>(group);
+  scales[lane] = quantized.scale;
+  if (f.kind == WeightKind::kInt4Asymmetric) scales[kPanelRows + lane] = quantized.least;
+  uint8_t* steps = group + header_bytes(f.kind);
+  for (int64_t i = 0; i < f.group_size; i++) {
+    uint8_t& byte = steps[i / 4 * kStepBytes4 + lane % 16 * 4 + i % 4];
+    byte = lane < 16 ? static_cast<uint8_t>((byte & 0xf0) | quantized.codes[i])
+                     : static_cast<uint8_t>((byte & 0x0f) | quantized.codes[i] << 4);
+  }
+}
 
 Tensor quantize_weight(const Tensor& weight, int64_t format_code) {
   const Place place = place_of(weight, "weight");

@@ -4,6 +4,7 @@
 #include "core/types.h"
 #include "cpu/weight_format.h"
 #include "cuda/device.h"
+#include "ops/quantize_group.h"
 
 namespace alula {
 
@@ -14,6 +15,10 @@ struct DequantizeArgs {
   DType dtype;  // of out
   void* out;    // [N, K]
 };
+
+// Writes one row's group: its scales and codes into lane `lane` (row % 32) of the panel's group, zeroed before its
+// first row.
+void store_group(WeightFormat format, const QuantizedGroup& quantized, int64_t lane, uint8_t* group);
 
 void dequantize_weight_cuda(const DequantizeArgs& args, const CudaStream& stream);
 

@@ -17,6 +17,7 @@ from alula.ops.embedding import embedding
 from alula.ops.layer_norm import layer_norm
 from alula.ops.linear import linear
 from alula.ops.qkv_projection import qkv_projection
+from alula.ops.quantize_columns import quantize_columns
 from alula.ops.rotary import rotary, rotary_table
 from alula.ops.scaled_masked_softmax import scaled_masked_softmax
 from alula.packed_weight import PackedWeight, pack
@@ -33,6 +34,7 @@ __all__ = [
     "linear",
     "pack",
     "qkv_projection",
+    "quantize_columns",
     "rotary",
     "rotary_table",
     "scaled_masked_softmax",

@@ -107,6 +107,12 @@ def nearest(weight: Tensor, scale: Tensor, least: Tensor, format: str) -> Tensor
     return torch.where((values[0] - w).abs() <= (values[1] - w).abs(), values[0], values[1])
 
 
+def compensated(weight: Tensor, factor: Tensor, errors: Tensor) -> Tensor:
+    """What each column of a group [N, c] had become when quantize_columns rounded it, float64: the errors of the
+    columns before it, over the factor's diagonal as the op returns them, are taken out."""
+    return weight.double() - errors.double() @ factor.double().triu(1)
+
+
 def full_range(weight: Tensor, packed: PackedWeight) -> Tensor:
     """The weight [N, K] in the packed one's 4-bit format and group size, float64, with the scales (rounded to fp16)
     that everything in a group fits in: what a quantizer does that does not look for better ones."""
