@@ -17,7 +17,7 @@ from alula.commands import CommandError
 from alula.commands.generate import DTYPES, decode_input, model_folder
 from alula.commands.loading import add_quantization_arguments, quantization_options
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "progress", "read_text", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate as asked; returns the exit code."""
     options = quantization_options(args)
     folder = model_folder(args.model)
-    texts = [_read(name) for name in args.text]
+    texts = [read_text(name, "--text") for name in args.text]
 
     from alula.config import AutoConfig
     from alula.evaluation import Score, bits_per_byte
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
                 text,
                 window=args.window,
                 stride=args.stride,
-                progress=lambda windows, name=name: progress(windows, name),
+                progress=lambda windows, name=name: progress(windows, name, "window"),
             )
         except ValueError as error:
             raise CommandError(f"{name}: {error}") from None
@@ -94,18 +94,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(name: str) -> str:
+def read_text(name: str, option: str) -> str:
+    """The UTF-8 text of a file, - for standard input. CommandError for a file that cannot be read, and an empty one."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise CommandError(f"--text {name} cannot be read: {error.strerror}") from error
+        raise CommandError(f"{option} {name} cannot be read: {error.strerror}") from error
     text = decode_input(data, name)
     if not text:
-        raise CommandError(f"--text {name} is empty")
+        raise CommandError(f"{option} {name} is empty")
     return text
 
 
-def progress(items: list[Any], description: str) -> Iterable[Any]:
+def progress(items: list[Any], description: str, unit: str) -> Iterable[Any]:
     """The items, behind a bar on standard error where that is a terminal and tqdm is there."""
     if not sys.stderr.isatty():
         return items
@@ -113,4 +114,4 @@ def progress(items: list[Any], description: str) -> Iterable[Any]:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=description, unit="window", delay=2.0, leave=False, file=sys.stderr)
+    return tqdm(items, desc=description, unit=unit, delay=2.0, leave=False, file=sys.stderr)

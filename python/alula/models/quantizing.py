@@ -11,12 +11,14 @@ import ctypes
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from alula.gptq import SecondMoment, pack_calibrated
+from alula.models.calibrating import calibrate, check_calibration, rows_of
 from alula.models.layers import DENSE, VERSION, PackedPart, WeightFormat, WeightModule, share_merged
 from alula.packed_weight import PackedWeight, format_code, panel_bytes
 from alula.quantization import (
@@ -72,14 +74,19 @@ class Matrix(NamedTuple):
         for layer in self.layers:
             layer.error = error
 
-    def write(self, values: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Packs the layers' weights, given as checkpoints have them; what is read out of it has ``dtype``."""
+    def write(self, values: Sequence[Tensor], dtype: torch.dtype, inputs: SecondMoment | None = None) -> None:
+        """Packs the layers' weights, given as checkpoints have them, for ``inputs`` where they are known; what is read
+        out of it has ``dtype``."""
         with torch.inference_mode(False), torch.no_grad():
             parts = [layer._from_checkpoint(v.detach()) for layer, v in zip(self.layers, values, strict=True)]
             value = parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
             try:
-                packed = self.layers[0].format.pack(value)._replace(value_dtype=dtype)
-            except RuntimeError as error:
+                if inputs is None:
+                    packed = self.layers[0].format.pack(value)
+                else:
+                    packed = pack_calibrated(value, *self.layers[0].format, inputs.whole())
+                packed = packed._replace(value_dtype=dtype)
+            except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{self.name} cannot be quantized: {error}") from None
             self.store(packed, relative_error(value, packed))
         del parts, value
@@ -312,6 +319,8 @@ class Quantizable:
         group_size: int | None = None,
         keep: str | Sequence[str] = (),
         activations: str = "int8",
+        calibration: Tensor | Sequence[int] | None = None,
+        progress: Callable[[list[Matrix]], Iterable[Matrix]] = iter,
     ) -> Any:
         """Quantizes the matrices in place, one after another, and gives the model back.
 
@@ -323,19 +332,51 @@ class Quantizable:
                 stored as one are kept together.
             activations: "int8" rounds what is multiplied to 8 bits, too; "full" does not, and is slower. On a GPU
                 activations are never rounded; the choice is kept for the CPU.
+            calibration: token ids of a text, int64 [n] or [rows, n]: the 4-bit formats choose their codes for what the
+                matrices multiply on it (GPTQ), see :func:`alula.calibration.calibration_ids`. At least as many tokens
+                as the widest matrix has inputs. Takes minutes, and the memory of five float32 K x K matrices.
+            progress: wraps the list of matrices.
 
         Layer norms, biases, positions and matrices with fewer than 32 output rows (heads with few labels) stay as they
-        are. Raises ValueError for formats and names that there are not, and for a model that is quantized already.
+        are. Raises ValueError for formats and names that there are not, for a model that is quantized already, and for
+        a text, a format (int8) or a model (BigBird, cross-attention, on a GPU) that is not calibrated. After an error
+        or an interrupt the matrices that were not reached are dense, as if kept.
         """
         if self.is_quantized:
             raise ValueError("the model is quantized already, and cannot be quantized twice; load the original again")
-        self._set_formats(QuantizationConfig.of(format, group_size, keep, activations))
+        quantization = QuantizationConfig.of(format, group_size, keep, activations)
+        rows = None
+        if calibration is not None:
+            check_calibration(self, format)
+            rows = rows_of(self, calibration)
         dtype = self.dtype
-        for matrix in matrices(self):
-            if matrix.is_quantized:
-                matrix.write([layer.read("weight") for layer in matrix.layers], dtype)
+        self.base_model._bind()  # merges what is quantized as one
+        self._set_formats(quantization)
+        found = [matrix for matrix in matrices(self) if matrix.is_quantized]
+        try:
+            if rows is None:
+                for matrix in progress(found):
+                    matrix.write([layer.read("weight") for layer in matrix.layers], dtype)
+            else:
+                with torch.inference_mode(False), torch.no_grad():
+                    calibrate(self, found, rows, dtype, progress)
+        except BaseException:
+            self._keep_dense(found)
+            raise
         self.base_model._bind()
         return self
+
+    def _keep_dense(self, found: Sequence[Matrix]) -> None:
+        """Makes those of the matrices that are still dense ones that were to be kept."""
+        dense = [matrix for matrix in found if not matrix.stored().code]
+        for matrix in dense:
+            for layer in matrix.layers:
+                layer.format = DENSE
+        values = self.config.quantization_config
+        kept = [*values["modules_to_not_convert"], *(name for matrix in dense for name in matrix.names)]
+        self.config.quantization_config = {**values, "modules_to_not_convert": kept}
+        if not self.is_quantized:
+            self._forget_quantization()
 
     def dequantize(self) -> Any:
         """Makes the matrices dense again, with the values that they stand for, rounded to the model's dtype."""
