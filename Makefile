@@ -63,8 +63,8 @@ sanitize: $(VENV)/.test
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  $(BIN)/python -m pytest -x tests/test_attention.py tests/test_bad_ops.py tests/test_block_sparse_attention.py \
 	  tests/test_decoder_blocks.py tests/test_embedding.py tests/test_layer_norm.py tests/test_linear.py tests/test_pack_weight.py \
-	  tests/test_qkv_projection.py tests/test_quantize_weight.py tests/test_quantized_linear.py tests/test_rotary.py \
-	  tests/test_scaled_masked_softmax.py -k "not opcheck" $(PYTEST_ARGS)
+	  tests/test_qkv_projection.py tests/test_quantize_columns.py tests/test_quantize_weight.py tests/test_quantized_linear.py \
+	  tests/test_rotary.py tests/test_scaled_masked_softmax.py -k "not opcheck" $(PYTEST_ARGS)
 
 # Registers, shared memory, stack and spills of every CUDA kernel; a spill that is not allowed fails.
 resources: build

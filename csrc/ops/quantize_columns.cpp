@@ -52,7 +52,7 @@ float half_value(uint16_t bits) {
 
 // Values and scales. The first row with a value that the format has no room for, or -1.
 int64_t take_rows(const Columns& args, int64_t first, int64_t rows, PanelRows& panel) {
-  std::memset(&panel, 0, sizeof(panel));
+  panel = PanelRows();
   for (int64_t r = 0; r < rows; r++) {
     const float* w = args.weight + (first + r) * args.count;
     bool is_finite = true;
