@@ -111,8 +111,7 @@ class BigBirdState(StackState):
 
         with_attentions = bool(wanted(module, given, "output_attentions"))
         chosen = wanted(module, given, "output_hidden_states")
-        with_hidden = chosen is not None and chosen is not False
-        hidden, attentions = ([x] if with_hidden else None), ([] if with_attentions else None)
+        hidden, attentions = ([x] if chosen else None), ([] if with_attentions else None)
         last = run_post_norm_blocks(
             stack.blocks, stack.shape, x, run.kv, run.positions, attend, None, hidden, attentions
         )
@@ -127,7 +126,7 @@ class BigBirdState(StackState):
             last,
             pooled,
             cache if use_cache or given.get("past_key_values") is not None else None,
-            selected(tuple(hidden), chosen) if with_hidden else None,
+            selected(module, tuple(hidden), chosen) if chosen else None,
             tuple(attentions) if with_attentions else None,
         )
 

@@ -116,7 +116,7 @@ def _run(self: nn.Module, state: DecoderState, given: dict[str, Any], tracing: b
     attentions: list[Tensor] = []
     masks_of_heads = head_masks(given.get("head_mask"), len(stack.blocks))
     observe = None
-    if with_attentions or (with_hidden is not None and with_hidden is not False):
+    if with_attentions or with_hidden:
         observe = _observer(stack, run, masks_of_heads, hidden, attentions if with_attentions else None)
     cross, cross_attentions = None, [] if with_attentions else None
     if given.get("encoder_hidden_states") is not None:
@@ -139,8 +139,8 @@ def _run(self: nn.Module, state: DecoderState, given: dict[str, Any], tracing: b
     last = layer_norm_op(x, norm.weight, norm.bias, norm.eps, None)
     last = last.view(*_leading(input_shape, family), last.shape[-1])
     hidden_states = None
-    if with_hidden is not None and with_hidden is not False:
-        hidden_states = selected((*hidden, last), with_hidden)
+    if with_hidden:
+        hidden_states = selected(self, (*hidden, last), with_hidden)
     seen = (tuple(attentions), tuple(cross_attentions)) if with_attentions else None
     return _output(self, family, given, last, cache, use_cache, hidden_states, seen)
 

@@ -205,9 +205,9 @@ def head_masks(head_mask: Tensor | None, layers: int) -> list[Tensor] | None:
     return list(head_mask) if head_mask.dim() == 2 else [head_mask] * layers
 
 
-def selected(hidden_states: tuple[Tensor, ...], chosen: Any) -> tuple[Tensor | None, ...]:
-    """All hidden states, or only those of the index or indices asked for, None in place of the others."""
-    if isinstance(chosen, bool):
+def selected(module: nn.Module, hidden_states: tuple[Tensor, ...], chosen: Any) -> tuple[Tensor | None, ...]:
+    """All hidden states, or, of a class that can, only those of the index or indices asked for, None for the others."""
+    if isinstance(chosen, bool) or not getattr(type(module), "_can_record_outputs", None):
         return hidden_states
     count = len(hidden_states)
     keep = {index % count for index in ([chosen] if isinstance(chosen, int) else chosen) if -count <= index < count}
