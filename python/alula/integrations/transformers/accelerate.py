@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 import alula
-from alula.integrations.transformers import head, released, versions
+from alula.integrations.transformers import head, last_tokens, released, versions
 from alula.integrations.transformers.big_bird import BigBirdState
 from alula.integrations.transformers.cache import has_our_layers
 from alula.integrations.transformers.decoder import DecoderState
@@ -67,6 +67,9 @@ def accelerate(model: PreTrainedModel, *, keep_weights: bool | None = None) -> R
         _put_on(plan)
         report.replaced += plan.lines
         report.states.append(plan.state)
+    for where, module in model.named_modules():
+        if last_tokens.put_on(module):
+            report.replaced.append(Replaced(where, "forward", 1, "itself, and the decoder is told logits_to_keep", 0))
     _tell_of_the_rest(model, taken, report)
     report.released_bytes = sum(module._parameters[name].nbytes for module, name in released.names_of(model))
     return report
@@ -137,6 +140,7 @@ def restore(model: nn.Module) -> int:
         if _is_accelerated(module):
             _take_off(module)
             count += 1
+        last_tokens.take_off(module)
         # 4.57 keeps a static cache between calls of generate
         if isinstance(kept := module.__dict__.get("_cache"), Cache) and has_our_layers(kept):
             del module._cache

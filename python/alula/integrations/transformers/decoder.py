@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPastAndCrossAttentions
 
-from alula.integrations.transformers import cross_attention, versions
+from alula.integrations.transformers import cross_attention, last_tokens, versions
 from alula.integrations.transformers.cache import FixedLayer, GrowingLayer, adopt, decoder_cache
 from alula.integrations.transformers.families import Family
 from alula.integrations.transformers.packing import PackedStack
@@ -45,8 +45,13 @@ class Pass(NamedTuple):
 
 
 class DecoderState(StackState):
-    """An accelerated GPT2Model, GPTBigCodeModel or CodeGenModel."""
+    """An accelerated GPT2Model, GPTBigCodeModel or CodeGenModel.
 
+    Attributes:
+        shortened: passes that left out of the last block the tokens whose logits nobody asked for.
+    """
+
+    shortened = 0
     acted_on = frozenset(
         (
             *versions.FORWARD,
@@ -77,6 +82,7 @@ class DecoderState(StackState):
 
 def _run(self: nn.Module, state: DecoderState, given: dict[str, Any], tracing: bool) -> Any:
     stack, family = state.stack, state.family
+    kept = 0 if tracing else last_tokens.take(state)
     input_ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     attention_mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     input_shape = input_ids.shape if embeds is None else embeds.shape[:-1]
@@ -112,6 +118,8 @@ def _run(self: nn.Module, state: DecoderState, given: dict[str, Any], tracing: b
 
     with_attentions = bool(wanted(self, given, "output_attentions"))
     with_hidden = wanted(self, given, "output_hidden_states")
+    if with_hidden or given.get("encoder_hidden_states") is not None or len(input_shape) != 2 or kept >= tokens:
+        kept = 0
     hidden: list[Tensor] = []
     attentions: list[Tensor] = []
     masks_of_heads = head_masks(given.get("head_mask"), len(stack.blocks))
@@ -131,13 +139,16 @@ def _run(self: nn.Module, state: DecoderState, given: dict[str, Any], tracing: b
             masks_of_heads,
             cross_attentions,
         )
-    x = _run_blocks(stack, run, position_ids, masks_of_heads, observe, cross)
+    x = _run_blocks(stack, run, position_ids, masks_of_heads, observe, cross, kept)
     if run.layers is not None:
         advance(run.layers, tokens, past)
 
     norm = self.ln_f
     last = layer_norm_op(x, norm.weight, norm.bias, norm.eps, None)
-    last = last.view(*_leading(input_shape, family), last.shape[-1])
+    if kept:
+        state.shortened += 1
+    else:
+        last = last.view(*_leading(input_shape, family), last.shape[-1])
     hidden_states = None
     if with_hidden:
         hidden_states = selected(self, (*hidden, last), with_hidden)
@@ -292,13 +303,14 @@ def _run_blocks(
     of_heads: list[Tensor] | None,
     observe: block_loops.BlockObserver | None,
     cross: cross_attention.CrossPass | None,
+    tokens_to_keep: int,
 ) -> Tensor:
     mask = _score_mask(stack, run.mask)
     start = (stack.blocks, stack.shape, run.x, run.kv, run.positions, run.lengths, None, mask, of_heads, run.causal)
     if stack.family.name == "CodeGen":
         rotary = position_ids.to(torch.int32).expand(run.positions.shape).contiguous()
-        return block_loops.run_parallel_blocks(*start, observe, stack.engine._rotary_table, rotary)
-    return block_loops.run_blocks(*start, observe, cross)
+        return block_loops.run_parallel_blocks(*start, observe, stack.engine._rotary_table, rotary, tokens_to_keep)
+    return block_loops.run_blocks(*start, observe, cross, tokens_to_keep)
 
 
 def advance(layers: list, tokens: int, past: int | Tensor) -> None:

@@ -39,8 +39,10 @@ class Family(NamedTuple):
     body, block: transformers' classes of what holds the blocks and of one. parts: the classes inside a block whose
     forward methods are replaced. dense: the class of its matrices. engine: alula's class of the body. path: where the
     blocks are in both. count: the configuration's name of how many. act: how the configuration and the modules call the
-    activation. has_cross: whether cross-attention is replaced too; in transformers that of GPTBigCode does not run, and
-    BigBird's self-attention looks at the encoder, too, when there is one, so both are left as they are.
+    activation. language_model: transformers' class that takes the last tokens of the body to an output projection
+    (logits_to_keep), if one does. has_cross: whether cross-attention is replaced too; in transformers that of
+    GPTBigCode does not run, and BigBird's self-attention looks at the encoder, too, when there is one, so both are left
+    as they are.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Family(NamedTuple):
     path: str = "h"
     count: str = "n_layer"
     act: tuple[str, str] = ("activation_function", "act")
+    language_model: type[nn.Module] | None = None
     has_cross: bool = False
 
     def blocks(self, body: nn.Module) -> nn.ModuleList:
@@ -76,6 +79,7 @@ FAMILIES = (
         Conv1D,
         GPT2Model,
         GPT2Config,
+        language_model=gpt2.GPT2LMHeadModel,
         has_cross=True,
     ),
     Family(
@@ -86,6 +90,7 @@ FAMILIES = (
         nn.Linear,
         GPTBigCodeModel,
         GPTBigCodeConfig,
+        language_model=gpt_bigcode.GPTBigCodeForCausalLM,
     ),
     Family(
         "CodeGen",
@@ -95,6 +100,7 @@ FAMILIES = (
         nn.Linear,
         CodeGenModel,
         CodeGenConfig,
+        language_model=codegen.CodeGenForCausalLM,
     ),
     Family(
         "BigBird",

@@ -20,7 +20,15 @@ from alula.integrations.transformers.cache import FixedLayer, GrowingLayer, adop
 from alula.integrations.transformers.families import Family
 from alula.integrations.transformers.packing import PackedStack
 
-__all__ = ["StackState", "bound_forward", "head_masks", "selected", "tells_of_cross_attention", "wanted"]
+__all__ = [
+    "StackState",
+    "bound_forward",
+    "forward_is_ours",
+    "head_masks",
+    "selected",
+    "tells_of_cross_attention",
+    "wanted",
+]
 
 _WITHOUT_EFFECT = {
     "encoder_attention_mask",  # means something beside encoder_hidden_states only
@@ -139,11 +147,11 @@ class StackState:
             return "attention_mask is of no kind that alula takes"
         if head_mask is not None and head_mask.dim() > 2:
             return "head_mask has more than two dimensions"
-        if not tracing and self._hooked():
+        if not tracing and self.hooked():
             return "a module inside the blocks has a forward hook"
         return self.why_plain(module, given)
 
-    def _hooked(self) -> bool:
+    def hooked(self) -> bool:
         """Whether somebody registered a hook inside the blocks; those that collect outputs do not count."""
         return any(self.hooks) and any(
             not getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
@@ -183,6 +191,11 @@ def _make_forward(cls_forward: Any) -> Any:
         return self._alula.call(self, kwargs)
 
     return forward
+
+
+def forward_is_ours(module: nn.Module) -> bool:
+    """Whether a call of the module runs :func:`bound_forward`'s forward, and no other that was put in its place."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is _make_forward(type(module).forward)
 
 
 def wanted(module: nn.Module, given: dict[str, Any], name: str) -> Any:
