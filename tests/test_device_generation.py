@@ -1,5 +1,6 @@
 """Choosing tokens on the device, run on the CPU: the steps are the same but for the capture into a CUDA graph."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -418,6 +419,65 @@ def test_processors_run_between_graph_and_choice(small_model, captures):
     options = {"max_new_tokens": 14, "eos_token_id": [], "logits_processor": [only_even]}
     assert torch.equal(small_model.generate(PROMPTS, **options), on_host(small_model, PROMPTS, **options))
     assert captures == [4]
+
+
+@pytest.mark.usefixtures("on_device")
+def test_captures_keep_to_the_rules_of_torch(small_model, monkeypatch):
+    """A pool is shared by graphs that live and is gone with the last of them; the stream belongs to the step's GPU;
+    whatever is new has run once before."""
+    pools, streams, events = {}, [], []
+
+    class Graph:
+        def __del__(self):
+            pools[self.pool] -= 1
+
+        def replay(self):
+            self.logits.copy_(self.call())
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream, capture_error_mode):
+        assert pools.get(pool) != 0, "torch: the pool of this handle has lost its graphs"
+        pools[pool] = pools.get(pool, 0) + 1
+        graph.pool = pool
+        streams.append(stream)
+        events.append("captured")
+        yield
+
+    def logits(self, model):
+        events.append("ran")
+        return torch.zeros(self.rows, model.lm_head.out_features)
+
+    init = cuda_graph.DecodeStep.__init__
+
+    def with_capture(self, *args):
+        init(self, *args)
+        self._can_capture = True
+
+    played = {
+        "graph_pool_handle": object,
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "device": contextlib.nullcontext,
+        "Stream": object,
+    }
+    monkeypatch.setattr(cuda_graph.torch, "cuda", SimpleNamespace(**played))
+    monkeypatch.setattr(cuda_graph.DecodeStep, "__init__", with_capture)
+    monkeypatch.setattr(cuda_graph.DecodeStep, "logits", logits)
+    step = cuda_graph.DecodeStep(small_model, small_model.new_cache(1, max_length=99), 99)
+    for key in ("one", "two"):
+        for _ in range(2):
+            with contextlib.suppress(AttributeError):  # a graph that is played makes nothing
+                step._run(key, step.logits, small_model, 50)
+    assert events == ["ran", "captured", "ran"] * 2
+    assert list(pools.values()) == [2]
+    small_model.weight_slots()["transformer.ln_f.bias"].write(torch.ones(small_model.config.n_embd))
+    events.clear()
+    for _ in range(2):
+        with contextlib.suppress(AttributeError):
+            step._run("one", step.logits, small_model, 50)
+    assert events == ["ran", "captured", "ran"]
+    assert list(pools.values()) == [0, 1]
+    assert len(set(map(id, streams))) == 1
 
 
 def test_under_alula_sync_nothing_is_captured(monkeypatch):

@@ -50,6 +50,8 @@ def test_a_right_kernel_gives_the_right_sums_in_every_order(executor: Executor, 
         (15, r"which nobody has written"),
         (16, r"race|nobody has written"),
         (17, r"ends with asynchronous copies under way"),
+        (19, r"some threads ended without wait_for_previous_kernel"),
+        (20, r"let_next_kernel_start\(\) before wait_for_previous_kernel"),
     ],
 )
 def test_a_planted_mistake_is_reported(executor: Executor, mistake: int, report: str, order: str) -> None:
@@ -94,3 +96,14 @@ def test_products_of_tf32(executor: Executor) -> None:
     a, b = (a * 8).round(), (b * 8).round()  # which TF32 holds exactly
     c = executor.call("product", results=("c",), dtype=0, is_transposed=False, a=a, b=b, c=torch.zeros(16, 8))["c"]
     assert_close(c, a.double() @ b.double(), tolerance=0.0)
+
+
+def test_sums_of_products_are_cut_off_like_those_of_tensor_cores(executor: Executor) -> None:
+    """1, and what is too small beside it: fp32 would round 15 times 2^-24 up, here each is lost by itself."""
+    a, b = torch.zeros(16, 16), torch.zeros(16, 8)
+    a[:, 0] = b[0] = 1.0
+    a[0, 1:], a[1, 1:], a[2, 1:], a[3, 1:4] = 2.0**-12, -(2.0**-12), 2.0**-11, -(2.0**-11)
+    b[1:] = 2.0**-12
+    sent = {"a": a.half(), "b": b.half(), "c": torch.zeros(16, 8), "dtype": DTYPES[torch.float16]}
+    c = executor.call("product", results=("c",), is_transposed=True, **sent)["c"][:4, 0]
+    assert c.tolist() == [1.0, 1.0, 1.0 + 15 * 2.0**-23, 1.0 - 3 * 2.0**-23]

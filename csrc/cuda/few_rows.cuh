@@ -143,6 +143,7 @@ __device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shar
   };
   fetch(warp * kSpan);  // under way while the rows' moments are found
   wait_for_previous_kernel();
+  let_next_kernel_start();
   if (kNorm) find_moments<T>(p, moments);
   float mean[kRows / 8], inverse[kRows / 8];
 #pragma unroll
@@ -191,6 +192,7 @@ __device__ __forceinline__ void sum_in_fp32(const FewRowsParams& p, Shared<float
   const int g = lane / 4, t = lane % 4;
   const int feature = static_cast<int>(blockIdx.x) * FewRows::kFeatures + g;
   wait_for_previous_kernel();
+  let_next_kernel_start();
   if (kNorm) find_moments<float>(p, moments);
 
   for (int first = warp * kSpan; first < p.k; first += FewRows::kWarps * kSpan) {
@@ -238,7 +240,6 @@ __global__ void __launch_bounds__(FewRows::kThreads, 1) few_rows_kernel(FewRowsP
     for (int i = 0; i < 2 * (kRows / 8); i++) own[(g + i / 2 * 8) * kFeatures + 2 * t + i % 2] = c[i];
   }
   __syncthreads();
-  let_next_kernel_start();
 
   const int row = static_cast<int>(threadIdx.x) / (kFeatures / 2);
   const int feature = static_cast<int>(blockIdx.x) * kFeatures + static_cast<int>(threadIdx.x) % (kFeatures / 2) * 2;

@@ -185,17 +185,21 @@ __device__ __forceinline__ void load_once(uint32_t (&r)[4], const void* from) {
                : "l"(from));
 }
 
-// --- the kernels before and after in the stream (sm_90: programmatic dependent launch)
-// --------------------------------
+// --- the kernels before and after in the stream (sm_90: programmatic dependent launch) -------------------------------
+//
+// In a captured graph a kernel starts when every block of the one before has called let_next_kernel_start() or has
+// ended, which is before that one's results can be read, and before whatever came before it has ended unless it waited
+// first. So: wait, then let the next one start; write nothing and read only weights before the wait.
 
-// Until what the kernel before wrote can be read. Weights may be read before it; nothing may be written.
+// Until what the kernels before wrote can be read, and what they read can be overwritten.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The next kernel may be started as soon as there is room for it.
+// The next kernel may be started as soon as there is room for it: its blocks fetch their first weights while this one
+// still works.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -20,7 +20,7 @@ struct LaunchOptions {
   Grid blocks;
   int threads;                          // a block
   int64_t shared_bytes = 0;             // dynamic shared memory of a block
-  bool starts_before_previous = false;  // sm_90: the kernel calls wait_for_previous_kernel() before it reads results
+  bool starts_before_previous = false;  // sm_90, in graphs: see wait_for_previous_kernel() in cuda/hardware.cuh
 };
 
 // `name` is what an error and ALULA_SYNC=1 call the kernel. Throws std::runtime_error.
@@ -50,7 +50,11 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchOptions& op
   config.dynamicSmemBytes = static_cast<size_t>(options.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &attribute;
-  config.numAttrs = options.starts_before_previous && stream.device->has_dependent_launch ? 1 : 0;
+  // Such a kernel reads weights before it waits, and what the kernel before it wrote may not be there yet. In a graph
+  // that is what a step made, never a weight; elsewhere it may be one that was packed just now.
+  const bool starts_early =
+      options.starts_before_previous && stream.device->has_dependent_launch && capture_id(stream) != 0;
+  config.numAttrs = starts_early ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
   if (waits_for_kernels()) check_cuda(cudaStreamSynchronize(config.stream), name);
 }

@@ -161,6 +161,7 @@ __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_
   SpanWords<C> next;
   load_span(next, p, panel, first + warp, g, t);  // under way while the rows' moments are found
   wait_for_previous_kernel();
+  let_next_kernel_start();
   if (p.x.norm_weight != nullptr) find_moments<T>(p.x, moments);
   float mean[kTiles] = {}, inverse[kTiles] = {};
 #pragma unroll
@@ -253,7 +254,6 @@ __global__ void __launch_bounds__(FewRows::kThreads, 1)
     }
   }
   __syncthreads();
-  if (p.splits == 1) let_next_kernel_start();
 
   // From here on a thread owns two neighbouring features of a row.
   const int row = thread / (kFeatures / 2), own = thread % (kFeatures / 2) * 2;
@@ -284,7 +284,6 @@ __global__ void __launch_bounds__(FewRows::kThreads, 1)
       is_last[0] = atomicInc(p.work.counters + panel_index, most) == most;  // wraps to 0
     }
     __syncthreads();
-    let_next_kernel_start();
     if (is_last[0] == 0) return;
     __threadfence();
     pair[0] = pair[1] = 0.0f;

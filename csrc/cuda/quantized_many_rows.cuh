@@ -228,6 +228,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) quantized_many_rows_kernel(Qua
   const auto stage_at = [](int index) { return dynamic_shared<unsigned char>(index % C::kStages * C::kStageBytes); };
   const int num_stages = (4 * p.steps + C::kDepth - 1) / C::kDepth;  // whole groups
   wait_for_previous_kernel();
+  let_next_kernel_start();
 #pragma unroll
   for (int i = 0; i < C::kStages - 1; i++) {
     if (i < num_stages) load_stage<C>(p, stage_at(i), first_row, first_panel, i * C::kDepth);
@@ -259,7 +260,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) quantized_many_rows_kernel(Qua
   }
   copy_async_wait<0>();
   __syncthreads();
-  let_next_kernel_start();
 
   // --- the sums in shared memory, then the epilogue: a thread has two neighbouring features of a row at a time ---
   const Shared<float> all_sums = dynamic_shared<float>();

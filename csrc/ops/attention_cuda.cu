@@ -144,6 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   const int64_t first_row = static_cast<int64_t>(row_tile) * C::kRows;
   const float factor = (p.scales_last ? p.args.scale : 1.0f) * kLog2E;
   wait_for_previous_kernel();
+  let_next_kernel_start();  // it fetches its weights meanwhile
 
   // --- rows: how far they see ---
   int longest = 0;
@@ -194,7 +195,6 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   }
   copy_async_wait<0>();
   __syncthreads();
-  let_next_kernel_start();  // it fetches its weights meanwhile
 
   // --- the warps' parts become the block's ---
   leave_state<C>(state, row_warp, key_warp, sums, states);

@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) block_sparse_attention_ke
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int row_warp = warp % C::kRowWarps, key_warp = warp / C::kRowWarps;
   wait_for_previous_kernel();
+  let_next_kernel_start();  // it fetches its weights meanwhile
   Item item;
   if (!find_item<C>(p, item)) return;
 
@@ -242,7 +243,6 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) block_sparse_attention_ke
   }
   copy_async_wait<0>();
   __syncthreads();
-  let_next_kernel_start();  // it fetches its weights meanwhile
 
   // --- the warps' parts become the block's: results of a whole list, a partial of a chunk ---
   const bool is_whole = item.num_chunks == 1;

@@ -70,6 +70,7 @@ class DecodeStep:
         self._warm: set[Any] = set()
         self._graphs: dict[Any, tuple[Any, Tensor]] = {}
         self._pool: Any = None
+        self._stream: Any = None  # captures run on: torch's own belongs to the GPU that captured first
         rows = cache.batch_size
         self.chooser = DeviceChooser(rows, model.lm_head.out_features, max_new, model.device)
         with torch.inference_mode(False):
@@ -127,6 +128,8 @@ class DecodeStep:
     def _run(self, key: Any, call: Step, model: DecoderWithHead, num_left: int) -> Tensor:
         if self._stamp != model.weights_stamp:  # weights have changed, and may lie elsewhere
             self._graphs.clear()
+            self._warm.clear()  # what is made of new weights at first use may not be made in a capture
+            self._pool = None  # torch takes no pool again that has lost all of its graphs
             self._stamp = model.weights_stamp
         known = self._graphs.get(key)
         if known is None and (not self._can_capture or key not in self._warm or num_left < FEWEST_GRAPH_STEPS):
@@ -143,14 +146,16 @@ class DecodeStep:
 
     def _capture(self, call: Step, model: DecoderWithHead) -> tuple[Any, Tensor]:
         """The graph of a call, not run yet, and the tensor that it fills."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            logits = call(model)
+        with torch.cuda.device(self._device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                logits = call(model)
         return graph, logits
 
 

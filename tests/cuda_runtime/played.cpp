@@ -85,10 +85,13 @@ void play(const std::string& scenario) {
   const CudaDevice& device = cuda_device(0);
   const CudaStream stream = {&device, nullptr};
   if (scenario == "dependent") {
-    launch_some(stream, true);
-    std::printf("%d ", attributes_of_last_launch);
-    launch_some(stream, false);
-    std::printf("%d", attributes_of_last_launch);
+    for (const auto status : {cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive}) {
+      capture = status;
+      for (const bool starts_early : {true, false}) {
+        launch_some(stream, starts_early);
+        std::printf("%d ", attributes_of_last_launch);
+      }
+    }
   } else if (scenario == "launch fails") {
     error_of_launch = cudaErrorIllegalAddress;
     launch_some(stream);

@@ -48,6 +48,15 @@ void run(const Launch& launch);
 
 // --- for the headers that stand in for csrc/cuda ---------------------------------------------------------------------
 
+// Threads of the launch that waited for the previous kernel, and that let the next one start.
+struct Waits {
+  int64_t waited = 0, released = 0;
+};
+inline Waits& waits() {
+  static Waits of_launch;
+  return of_launch;
+}
+
 const Index& thread_index();
 const Index& block_index();
 const Index& block_size();

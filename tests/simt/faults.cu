@@ -28,6 +28,8 @@ enum class Mistake : int {
   kNoCopyBarrier,       // data of another thread's asynchronous copy read without a barrier
   kCopyLeftOver,        // an asynchronous copy under way at the end
   kOrderOfBlocks,       // blocks that rely on the order they run in
+  kNoWaitForPrevious,   // some threads never wait for the kernel before
+  kNextBeforeWait,      // the next kernel is let start first
 };
 
 // y[i] = sum of the `blockDim.x` values of x's block i, each thread bringing one. In a roundabout way, with room for
@@ -39,6 +41,11 @@ __global__ void sum_kernel(const float* x, float* y, int* counter, int n) {
   const Shared<float> values = dynamic_shared<float>();           // [threads]
   const Shared<float> sums = dynamic_shared<float>(threads * 4);  // [threads / 32]
   int from = block * threads + thread;
+  if (kMistake == Mistake::kNextBeforeWait) let_next_kernel_start();
+  if (kMistake != Mistake::kNoWaitForPrevious || thread < threads / 2) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
   if (kMistake == Mistake::kReadPastEnd && from == n - 1) from = n;
   if (kMistake == Mistake::kReadBeforeStart && from == 0) from = -1;
 
@@ -106,8 +113,8 @@ __global__ void sum_kernel(const float* x, float* y, int* counter, int n) {
 template <Mistake kMistake>
 void run_as(const simt::Request& request) {
   const auto threads = static_cast<int>(request.i("threads")), n = static_cast<int>(request.i("n"));
-  launch("sum_kernel", sum_kernel<kMistake>, {{n / threads}, threads, threads * 4 + threads / 32 * 4}, request.stream(),
-         request.t<const float>("x"), request.t<float>("y"), request.t<int>("counter"), n);
+  launch("sum_kernel", sum_kernel<kMistake>, {{n / threads}, threads, threads * 4 + threads / 32 * 4, true},
+         request.stream(), request.t<const float>("x"), request.t<float>("y"), request.t<int>("counter"), n);
 }
 
 template <int kFirst, int kLast>
@@ -116,7 +123,7 @@ void run_any(const simt::Request& request) {
   if constexpr (kFirst < kLast) run_any<kFirst + 1, kLast>(request);
 }
 
-const simt::Registration kSum("sum", run_any<0, static_cast<int>(Mistake::kOrderOfBlocks)>);
+const simt::Registration kSum("sum", run_any<0, static_cast<int>(Mistake::kNextBeforeWait)>);
 
 // --- what the tensor cores are said to do ----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../executor.h"
 #include "core/check.h"
@@ -28,9 +29,14 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchOptions& op
   const auto index = [](const Grid& grid) {
     return simt::Index{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)};
   };
+  simt::waits() = {};
   simt::run({name, index(blocks), {static_cast<unsigned>(options.threads), 1, 1}, options.shared_bytes, [&] {
                kernel(static_cast<Params>(args)...);
              }});
+  // A kernel that may start early must not end before the one before has: what comes after relies on it.
+  if (options.starts_before_previous && simt::waits().waited != blocks.x * blocks.y * blocks.z * options.threads) {
+    throw simt::Fault(std::string(name) + ": some threads ended without wait_for_previous_kernel()");
+  }
 }
 
 }  // namespace alula
