@@ -13,13 +13,14 @@ import time
 from typing import Any
 
 import torch
-from alula.bench.cuda import attention, block_sparse, models, products
+from alula.bench.cuda import attention, block_sparse, models, products, quantized
 from alula.bench.cuda.timing import Bench, line_of, measure
 
 MAKERS = (
     products.norm_cases,
     products.softmax_cases,
     products.linear_cases,
+    quantized.cases,
     attention.decode_cases,
     attention.prefill_cases,
     block_sparse.cases,

@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY(alula, m) {
   m.def("bind_decoder_blocks(Tensor[] weights, int[] formats, bool is_parallel, int num_heads, int num_kv_heads, int head_dim, int mlp_width, float[] scales, float norm_eps, int activation) -> int");
   m.def("decoder_blocks(Tensor x, int blocks, Tensor(a!)[] kv_caches, Tensor positions, Tensor lengths, Tensor? mask, Tensor[] head_masks, bool causal, Tensor? rotary_table, Tensor? rotary_positions, int tokens_to_keep=0) -> Tensor");
   m.def("scaled_masked_softmax(Tensor scores, Tensor? mask, float scale, bool causal, ScalarType? dtype) -> Tensor");
+  m.def("choose_token(Tensor scores, Tensor? drawn, Tensor pad_id, Tensor? eos_ids, bool advances, Tensor(a!) tokens, Tensor(b!) running, Tensor(c!) out, Tensor(d!) step, Tensor(e!) report, Tensor(f!) lengths, Tensor(g!) positions, Tensor(h!) slots, Tensor(i!) seen) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
 }
 // clang-format on

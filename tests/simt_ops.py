@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from alula.ops import ACTIVATIONS, PackedWeight
+from alula.ops import ACTIVATIONS, PackedWeight, RowState
 from alula.testing import reference
 from simt_process import DTYPES, Executor
 from torch import Tensor
@@ -15,6 +15,11 @@ MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16:
 
 def integers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
+
+
+def no_faults() -> Tensor:
+    """Room for wrong ids of every kind (csrc/cuda/id_faults.h), int64 [4, 2]: none."""
+    return torch.zeros(4, 2, dtype=torch.int64)
 
 
 def new_result(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, offset: int = 0) -> Tensor:
@@ -104,6 +109,7 @@ class Ops:
         *,
         interleaved: bool = True,
         inplace: bool = False,
+        faults: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         results = {} if inplace else {"q_out": new_result(q.shape, q.dtype), "k_out": new_result(k.shape, k.dtype)}
         places = {
@@ -113,7 +119,8 @@ class Ops:
         }
         out = self.call(
             "rotary",
-            ("q", "k") if inplace else ("q_out", "k_out"),
+            (*(("q", "k") if inplace else ("q_out", "k_out")), *(("faults",) if faults is not None else ())),
+            faults=faults,
             q=q,
             k=k,
             positions=positions,
@@ -126,6 +133,8 @@ class Ops:
             **results,
             **places,
         )
+        if faults is not None:
+            faults.copy_(out.pop("faults"))
         return tuple(out.values())
 
     def embedding(
@@ -140,11 +149,11 @@ class Ops:
         scale: float = 1.0,
         faults: Tensor | None = None,
     ) -> Tensor:
-        """`faults`: int64 [3, 2], zeros; gets (id, limit) of a wrong input id, position and token type."""
+        """`faults`: as :func:`no_faults` makes it; gets (id, limit) of a wrong input id, position and token type."""
         is_packed = isinstance(table, PackedWeight)
         packed = table.data if is_packed else padded_rows(table)
         num_embeddings, width = table[1:3] if is_packed else table.shape
-        noted = torch.zeros(3, 2, dtype=torch.int64) if faults is None else faults
+        noted = no_faults() if faults is None else faults
         results = self.call(
             "embedding",
             ("out", "faults"),
@@ -292,12 +301,15 @@ class Ops:
         rotary_positions: Tensor | None = None,
         mlp: Tensor | None = None,
         mlp_activation: str = "none",
+        faults: Tensor | None = None,
     ) -> Tensor:
-        """`kv_cache` and `mlp` are changed in place."""
+        """`kv_cache` and `mlp` are changed in place, and `faults` as in :meth:`embedding`, of a rotary position."""
         batch, tokens, _ = x.shape
         results = {"q": new_result((batch, tokens, num_heads, head_dim), x.dtype), "kv_cache": kv_cache}
         if mlp is not None:
             results["mlp"] = mlp
+        if faults is not None:
+            results["faults"] = faults
         out = self._call_product(
             "qkv_projection",
             tuple(results),
@@ -320,7 +332,41 @@ class Ops:
         kv_cache.copy_(out["kv_cache"])
         if mlp is not None:
             mlp.copy_(out["mlp"])
+        if faults is not None:
+            faults.copy_(out["faults"])
         return out["q"]
+
+    def choose_token(
+        self,
+        scores: Tensor,
+        state: RowState,
+        pad_id: Tensor,
+        eos_ids: Tensor | None = None,
+        *,
+        drawn: Tensor | None = None,
+        advances: bool = True,
+        num_multiprocessors: int = 1,
+    ) -> None:
+        """`state` is changed in place."""
+        results = dict(zip(RowState._fields, state, strict=True))
+        out = self.call(
+            "choose_token",
+            tuple(results),
+            scores=scores,
+            dtype=DTYPES[scores.dtype],
+            rows=scores.shape[0],
+            vocab_size=scores.shape[1],
+            drawn=drawn,
+            pad_id=pad_id,
+            eos_ids=eos_ids,
+            num_eos=0 if eos_ids is None else len(eos_ids),
+            advances=advances,
+            num_new=state.out.shape[1],
+            num_multiprocessors=num_multiprocessors,
+            **results,
+        )
+        for name, tensor in results.items():
+            tensor.copy_(out[name])
 
     def attention(
         self,

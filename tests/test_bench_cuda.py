@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from alula.bench.cuda import models
+from alula.bench.cuda import models, quantized
 from alula.bench.cuda.timing import Bench, Case, line_of, measure
 from alula.bench.run import main
 from alula.bench.run_cuda import MAKERS
@@ -41,8 +41,10 @@ def test_the_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFi
     file = tmp_path / "out.json"
     assert main(["cuda", "--device", "cpu", "--quick", "--rounds", "1", "--json", str(file)]) == 0
     results = json.loads(file.read_text())
-    assert len(results["cases"]) == len(MAKERS)
-    assert [sorted(row["ms"]) for row in results["models"]] == [["alula", "hf compiled", "hf eager", "hf sdpa"]] * 2
+    assert len(results["cases"]) == len(MAKERS) - 1 + 2 * len(quantized.FORMATS)
+    engines = [sorted(row["ms"]) for row in results["models"]]
+    assert engines == [["alula", "hf compiled", "hf eager", "hf sdpa"]] * 2 + [["alula", "alula bf16"]]
+    assert results["models"][2]["logits differ by"] < 0.1
     assert "dry run" in capsys.readouterr().out
     assert main(["cuda", "--device", "cpu"]) == 2
 

@@ -67,7 +67,7 @@ def draws(rows, logits, count, **options):
     for _ in range(count):
         chooser.choose(chooser.process(given))
     samplers = [Sampler(seed, **options) for seed in seeds]
-    return chooser.out.T.tolist(), [
+    return chooser.state.out.T.tolist(), [
         [s.draw(row) for s, row in zip(samplers, logits, strict=True)] for _ in range(count)
     ]
 
@@ -289,7 +289,9 @@ class NothingToRead:
 
     device, dtype, weights_stamp = torch.device("meta"), torch.float32, 0
     config = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=64)
-    lm_head = SimpleNamespace(out_features=50)
+
+    def get_output_embeddings(self):
+        return SimpleNamespace(out_features=50)
 
     def new_cache(self, rows, max_length=None):
         return KVCache(self.config, rows, max_length, dtype=self.dtype, device=self.device)
@@ -304,7 +306,7 @@ class NothingToRead:
 def test_a_step_mixes_no_devices(options, monkeypatch):
     """meta tensors have no values: reading one raises, and so does an operation that joins them with the CPU's."""
     sent = []
-    monkeypatch.setattr(DeviceSteps, "_send", lambda self: sent.append(self._step.chooser.report.device.type))
+    monkeypatch.setattr(DeviceSteps, "_send", lambda self: sent.append(self._step.chooser.state.report.device.type))
     model, config = (
         NothingToRead(),
         GenerationConfig(**{"eos_token_id": [], **{n: v for n, v in options.items() if n != "seed"}}),
@@ -321,7 +323,7 @@ def test_a_step_mixes_no_devices(options, monkeypatch):
     steps.end_row(1, is_known=False)
     assert sent == ["meta"] * 3
     with pytest.raises(RuntimeError):
-        steps._step.lengths.tolist()
+        steps._step.chooser.state.lengths.tolist()
 
 
 @pytest.mark.usefixtures("on_device")
@@ -361,7 +363,7 @@ def captures(monkeypatch):
 
     def capture(self, call, model):
         made.append(self.rows)
-        logits = torch.empty(self.rows, model.lm_head.out_features)
+        logits = torch.empty(self.rows, model.get_output_embeddings().out_features)
         return PlayedGraph(call, model, logits), logits
 
     init = cuda_graph.DecodeStep.__init__

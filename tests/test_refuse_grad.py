@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from alula import ops
+from test_choose_token import state_of
 from torch import Tensor
 
 Arguments = list[Any]
@@ -84,6 +85,7 @@ ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "decoder_blocks": _decoder_blocks,
     "scaled_masked_softmax": lambda: [torch.randn(2, 2, 3, 4), torch.randn(3, 4), 1.0, False, None],
     "layer_norm": _layer_norm,
+    "choose_token": lambda: [torch.randn(3, 9), None, torch.tensor([0]), None, True, *state_of(3)],
 }
 
 

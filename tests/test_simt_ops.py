@@ -8,7 +8,7 @@ import torch
 from alula.ops import rotary_table
 from alula.testing import hostile, reference, shapes
 from alula.testing.compare import assert_close, assert_equal_bits
-from simt_ops import Ops
+from simt_ops import Ops, no_faults
 from simt_process import ORDERS, Executor
 
 
@@ -186,6 +186,16 @@ def test_rotary_positions_outside_the_table_give_nan(ops: Ops, dtype: torch.dtyp
     assert_equal_bits(turned[0, 1:, :, 8:], q[0, 1:, :, 8:])
 
 
+def test_a_rotary_position_outside_the_table_is_noted(ops: Ops, dtype: torch.dtype) -> None:
+    q, k, table = torch.randn(1, 3, 2, 16).to(dtype), torch.randn(1, 3, 1, 16).to(dtype), rotary_table(10, 8)
+    for wrong in (10, -1):
+        faults, positions = no_faults(), torch.tensor([[9, wrong, 0]], dtype=torch.int32)
+        turned, _ = ops.rotary(q, k, positions, table, faults=faults)
+        assert faults.tolist() == [[0, 0], [0, 0], [0, 0], [wrong, 10]]
+        assert turned[0, 1, :, :8].isnan().all()
+        assert turned[0, [0, 2]].isfinite().all()
+
+
 # --- embedding -------------------------------------------------------------------------------------------------------
 
 
@@ -206,15 +216,15 @@ def test_embedding_with_token_types_of_their_own_and_a_scale(ops: Ops, dtype: to
     expected = reference.embedding(ids, table, **options)
     assert_close(ops.embedding(ids, table, **options), expected, magnitude=3.0, tolerance=1e-6)
     options["token_type_ids"][0, 2] = 2
-    faults = torch.zeros(3, 2, dtype=torch.int64)
+    faults = no_faults()
     assert ops.embedding(ids, table, **options, faults=faults)[0, 2].isnan().all()
-    assert faults.tolist() == [[0, 0], [0, 0], [2, 2]]
+    assert faults.tolist() == [[0, 0], [0, 0], [2, 2], [0, 0]]
 
 
 def test_embedding_ids_outside_the_table_give_nan_and_are_noted(ops: Ops, dtype: torch.dtype) -> None:
     table, places = torch.randn(5, 24).to(dtype), torch.randn(3, 24).to(dtype)
     ids = torch.tensor([[0, 5, 4, -1]])
-    faults = torch.zeros(3, 2, dtype=torch.int64)
+    faults = no_faults()
     out = ops.embedding(ids, table, faults=faults)
     assert faults[0].tolist() in ([5, 5], [-1, 5])
     assert not faults[1:].any()

@@ -7,7 +7,7 @@ import torch
 from alula.ops import rotary_table
 from alula.testing import hostile, reference, shapes
 from alula.testing.compare import assert_close, assert_equal_bits
-from simt_ops import MAX_FEW_ROWS, Ops
+from simt_ops import MAX_FEW_ROWS, Ops, no_faults
 from simt_process import ORDERS, Executor
 from test_linear import everything, magnitude, operands
 from torch import Tensor
@@ -185,6 +185,27 @@ def test_qkv_projection(
     ops: Ops, shape: tuple[int, int, int, int], batch: int, tokens: int, dtype: torch.dtype
 ) -> None:
     check_qkv(ops, batch, tokens, shape, dtype)
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_a_rotary_position_outside_the_table_is_noted(ops: Ops, tokens: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(1, tokens, 24).to(dtype), torch.randn(32, 24).to(dtype)
+    where = torch.arange(tokens, dtype=torch.int32).unsqueeze(0)
+    faults, turns = no_faults(), where.clone()
+    turns[0, 1] = 50
+    options = {
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+        "positions": where,
+        "rotary_table": rotary_table(50, 8),
+    }
+    cache = torch.zeros(1, 1, tokens, 16, dtype=dtype)
+    q = ops.qkv_projection(x, weight, kv_cache=cache, rotary_positions=turns, faults=faults, **options)
+    assert faults.tolist() == [[0, 0], [0, 0], [0, 0], [50, 50]]
+    assert q[0, 1].isnan().all()
+    assert q[0, [0]].isfinite().all()
+    assert cache[0, 0, 1, 8:].isfinite().all(), "values are not turned"
 
 
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 3), (4, 6)])

@@ -1,5 +1,5 @@
 """Whole models on a GPU, bf16, random weights: alula's generation in turn with transformers (eager, sdpa, and compiled
-with a static cache and CUDA graphs).
+with a static cache and CUDA graphs), and with quantized weights in turn with itself in bf16.
 
 A step of transformers is its forward and an argmax that stays on the device (its own `generate` does more), of alula a
 step of `generate`. Every contestant makes the same number of tokens between two looks at the clock; the time of a step
@@ -26,29 +26,36 @@ TOLERANCE = 3e-2  # of the largest logit, between alula and transformers' eager 
 Generate = Callable[[Tensor, int], Any]  # of ids [B, T]: makes that many tokens, greedy
 
 
-def shapes(bench: Bench) -> list[tuple[str, dict[str, Any], int, int]]:
-    """(name, configuration, rows, prompt tokens)."""
+def shapes(bench: Bench) -> list[tuple[str, dict[str, Any], int, int, str]]:
+    """(name, configuration, rows, prompt tokens, "bf16" or a format of quantized weights)."""
     if bench.quick:
         tiny = presets.gpt_bigcode(2, 32, 4, 64, 90)
-        return [("tiny", tiny, 1, 5), ("tiny", tiny, 3, 9)]
+        return [("tiny", tiny, 1, 5, "bf16"), ("tiny", tiny, 3, 9, "bf16"), ("tiny", tiny, 1, 5, "int8")]
     gpt2, santacoder = presets.PRESETS["gpt2"], presets.PRESETS["santacoder"]
-    return [("santacoder", santacoder, 1, 128), ("santacoder", santacoder, 8, 128), ("gpt2", gpt2, 1, 128)]
+    return [
+        ("santacoder", santacoder, 1, 128, "bf16"),
+        ("santacoder", santacoder, 8, 128, "bf16"),
+        ("gpt2", gpt2, 1, 128, "bf16"),
+        ("santacoder", santacoder, 1, 128, "int8"),
+        ("santacoder", santacoder, 1, 128, "int4"),
+    ]
 
 
 def run(bench: Bench, only: str, limits: dict[str, float], end: float) -> list[dict[str, Any]]:
     """A row for each shape; contestants that cannot be had are named with the reason."""
     rows: list[dict[str, Any]] = []
-    made: tuple[str, dict[str, Any]] | None = None
-    for name, config, batch, tokens in shapes(bench):
-        title = f"{name} B{batch} T{tokens} bf16"
+    made: tuple[tuple[str, bool], dict[str, Any]] | None = None
+    for name, config, batch, tokens, weights in shapes(bench):
+        title, is_dense = f"{name} B{batch} T{tokens} {weights}", weights == "bf16"
         if only not in title or time.monotonic() > end:
             continue
         try:
-            if made is None or made[0] != name:
+            if made is None or made[0] != (name, is_dense):
                 made = None  # its memory first
                 bench.forget()
-                made = (name, _contestants(bench, config))
-            rows.append(_measure(bench, title, made[1], config, batch, tokens, limits, end))
+                made = ((name, is_dense), _contestants(bench, config) if is_dense else _dense(bench, config))
+            given = made[1] if is_dense else {**made[1], "alula": _quantized(bench, made[1]["alula bf16"], weights)}
+            rows.append(_measure(bench, title, given, config, batch, tokens, limits, end))
         except RuntimeError as error:
             rows.append({"model": title, "wrong": str(error)[:500]})
         print(_line(rows[-1]), flush=True)
@@ -77,6 +84,22 @@ def _contestants(bench: Bench, config: dict[str, Any]) -> dict[str, Any]:
     return {"alula": ours.to(bench.device), "hf": eager}
 
 
+def _dense(bench: Bench, config: dict[str, Any]) -> dict[str, Any]:
+    """What a model with quantized weights is compared with: itself in bf16."""
+    import alula
+
+    cls = getattr(alula, config["architectures"][0])
+    torch.manual_seed(0)
+    return {"alula bf16": cls(cls.config_class(**config), dtype=torch.bfloat16).to(bench.device)}
+
+
+def _quantized(bench: Bench, dense: Any, format: str) -> Any:
+    """A copy of the model with weights of this format."""
+    ours = type(dense)(dense.config, dtype=torch.bfloat16, init_weights=False)
+    ours.load_state_dict({name: value.cpu() for name, value in dense.state_dict().items()})
+    return ours.quantize(format, activations="full").to(bench.device)
+
+
 def _measure(
     bench: Bench,
     title: str,
@@ -103,6 +126,12 @@ def _measure(
         contestants["hf eager"] = _hf(made["hf"], "eager")
         contestants["hf sdpa"] = _hf(made["hf"], "sdpa")
         contestants["hf compiled"] = _hf_compiled(bench, made["hf"], tokens + long)
+    elif "alula bf16" in made:
+        with torch.inference_mode():
+            theirs = made["alula bf16"](given, logits_to_keep=1).logits.float()
+            error = (ours(given, logits_to_keep=1).logits.float() - theirs).norm() / theirs.norm()
+        row["logits differ by"] = float(error)
+        contestants["alula bf16"] = _alula(made["alula bf16"])
     else:
         row["missing"]["transformers"] = made["missing"]
     times: dict[str, list[float]] = {}

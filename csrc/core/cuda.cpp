@@ -57,6 +57,14 @@ int32_t checked_gpu([[maybe_unused]] const Tensor& t) {
 
 CudaScope::CudaScope(const Tensor& t) : guard_(checked_gpu(t)), stream_(current_stream(t.get_device_index())) {}
 
+IdNotes::IdNotes([[maybe_unused]] const CudaScope& scope) { ALULA_CUDA_CALL(faults_ = id_faults(scope.stream())); }
+
+void IdNotes::raise_if_waiting() const {
+  if (!waits_for_kernels()) return;
+  const std::string wrong = take_text(faults_);
+  ALULA_CHECK(wrong.empty(), wrong);
+}
+
 Tensor normed_rows(const PanelGemmArgs& gemm, const Tensor& x, [[maybe_unused]] const CudaScope& scope) {
   if (gemm.norm_weight == nullptr) return torch::stable::reshape(x, {gemm.m, gemm.k});
   const Tensor normed = new_tensor({gemm.m, gemm.k}, x.scalar_type(), place_of(x, "x"));

@@ -6,6 +6,7 @@
 #include "core/tensor.h"
 #include "cpu/panel_gemm_args.h"
 #include "cuda/device.h"
+#include "cuda/id_faults.h"
 #include "cuda/quantized_product.h"
 
 namespace alula {
@@ -20,6 +21,18 @@ class CudaScope {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   CudaStream stream_;
+};
+
+// Where a kernel notes ids outside their tables (cuda/id_faults.h).
+class IdNotes {
+ public:
+  explicit IdNotes(const CudaScope& scope);
+  IdFaults* faults() const { return faults_; }  // may be null
+  // Under ALULA_SYNC=1, where the kernel has ended: throws, with what it noted.
+  void raise_if_waiting() const;
+
+ private:
+  IdFaults* faults_ = nullptr;
 };
 
 // layer_norm(x), [M, K], or x where there is none. x is contiguous.

@@ -30,9 +30,10 @@ std::string cuda_archs() { return ALULA_CUDA_ARCHS; }
 
 std::string take_text(IdFaults* faults) {
   if (faults == nullptr) return "";
-  constexpr const char* kNames[] = {"input_ids", "position_ids", "token_type_ids"};
+  constexpr const char* kNames[] = {"input_ids", "position_ids", "token_type_ids",
+                                    "rotary_positions (position_ids of a model)"};
   std::string text;
-  for (int kind = 0; kind < 3; kind++) {
+  for (int kind = 0; kind < kIdKinds; kind++) {
     auto& fault = faults->of[kind];
     const int64_t limit = fault.limit;
     if (limit == 0) continue;

@@ -71,35 +71,53 @@ __device__ __forceinline__ void load_weight(uint32_t (&w)[4], const FewRowsParam
   }
 }
 
-// N values of a vector of K from `column` on; zeros beyond its end.
-template <int N, typename T>
-__device__ __forceinline__ void load_guarded(float (&v)[N], const T* from, int column, const FewRowsParams& p) {
-  if (p.is_aligned && column + N <= p.k) {
-    load_pack(v, from + column);
-    return;
-  }
+// N values of a vector of K from `column` on, as they lie there; zeros beyond its end. kIsEven: `is_aligned` is known
+// to hold, and there is no branch between two of these loads, so that several are under way together.
+template <bool kIsEven, int N, typename T>
+__device__ __forceinline__ Pack<T, N> load_raw(const T* from, int column, const FewRowsParams& p) {
+  Pack<T, N> pack = {};
+  if (kIsEven || p.is_aligned) {
+    if (column < p.k) pack = *reinterpret_cast<const Pack<T, N>*>(from + column);
+  } else {
 #pragma unroll
-  for (int i = 0; i < N; i++) v[i] = column + i < p.k ? to_float(from[column + i]) : 0.0f;
+    for (int i = 0; i < N; i++) {
+      if (column + i < p.k) pack.values[i] = from[column + i];
+    }
+  }
+  return pack;
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void widen(float (&v)[N], const Pack<T, N>& pack) {
+#pragma unroll
+  for (int i = 0; i < N; i++) v[i] = to_float(pack.values[i]);
+}
+
+template <bool kIsEven, int N, typename T>
+__device__ __forceinline__ void load_guarded(float (&v)[N], const T* from, int column, const FewRowsParams& p) {
+  widen(v, load_raw<kIsEven, N>(from, column, p));
 }
 
 // Mean and 1 / deviation of each row of X into `moments` [M][2]; a warp takes a row.
-template <typename T>
+template <bool kIsEven, typename T>
 __device__ __forceinline__ void find_moments(const FewRowsParams& p, Shared<float> moments) {
   constexpr int N = kPackSize<T>;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
   for (int row = warp; row < p.m; row += FewRows::kWarps) {
     const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k;
     float sum = 0.0f, squares = 0.0f;
+#pragma unroll 4
     for (int column = lane * N; column < p.k; column += kWarpSize * N) {
       float v[N];
-      load_guarded(v, x, column, p);
+      load_guarded<kIsEven>(v, x, column, p);
 #pragma unroll
       for (int i = 0; i < N; i++) sum += v[i];
     }
     const float mean = reduce_lanes<Sum>(sum) / static_cast<float>(p.k);
+#pragma unroll 4
     for (int column = lane * N; column < p.k; column += kWarpSize * N) {
       float v[N];
-      load_guarded(v, x, column, p);
+      load_guarded<kIsEven>(v, x, column, p);
 #pragma unroll
       for (int i = 0; i < N; i++) squares += column + i < p.k ? (v[i] - mean) * (v[i] - mean) : 0.0f;
     }
@@ -113,14 +131,14 @@ __device__ __forceinline__ void find_moments(const FewRowsParams& p, Shared<floa
 }
 
 // N values of row `row` of X from `column` on, normed; zeros beyond its end.
-template <bool kNorm, int N, typename T>
+template <bool kIsEven, bool kNorm, int N, typename T>
 __device__ __forceinline__ void load_x(float (&v)[N], const FewRowsParams& p, int row, int column, float mean,
                                        float inverse, TypeTag<T>) {
-  load_guarded(v, static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k, column, p);
+  load_guarded<kIsEven>(v, static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k, column, p);
   if constexpr (kNorm) {
     float w[N], b[N] = {};
-    load_guarded(w, static_cast<const T*>(p.norm_weight), column, p);
-    if (p.norm_bias != nullptr) load_guarded(b, static_cast<const T*>(p.norm_bias), column, p);
+    load_guarded<kIsEven>(w, static_cast<const T*>(p.norm_weight), column, p);
+    if (p.norm_bias != nullptr) load_guarded<kIsEven>(b, static_cast<const T*>(p.norm_bias), column, p);
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] = (v[i] - mean) * inverse * w[i] + b[i];  // beyond the end w and b are 0
   }
@@ -128,7 +146,7 @@ __device__ __forceinline__ void load_x(float (&v)[N], const FewRowsParams& p, in
 
 // What this warp's share of K adds to the block's 16 x 8 sums, for 16-bit T: c as multiply_add has it.
 // kRows: 8 or 16 rows of X at most.
-template <typename T, int kRows, bool kNorm>
+template <typename T, int kRows, bool kNorm, bool kIsEven>
 __device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shared<float> moments, float (&c)[4]) {
   constexpr int kUnroll = FewRows::kUnroll, kStep = 32, kSpan = kUnroll * kStep;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -144,7 +162,7 @@ __device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shar
   fetch(warp * kSpan);  // under way while the rows' moments are found
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (kNorm) find_moments<T>(p, moments);
+  if (kNorm) find_moments<kIsEven, T>(p, moments);
   float mean[kRows / 8], inverse[kRows / 8];
 #pragma unroll
   for (int half = 0; half < kRows / 8; half++) {
@@ -152,6 +170,16 @@ __device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shar
     mean[half] = is_there ? static_cast<float>(moments[2 * (g + 8 * half)]) : 0.0f;
     inverse[half] = is_there ? static_cast<float>(moments[2 * (g + 8 * half) + 1]) : 0.0f;
   }
+
+  // Lanes without a row of their own read the last one: the warp stays together for the product. Without a bias the
+  // weight is read in its place, and not used.
+  const T* rows[kRows / 8];
+#pragma unroll
+  for (int half = 0; half < kRows / 8; half++) {
+    const int row = g + 8 * half < p.m ? g + 8 * half : p.m - 1;
+    rows[half] = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k;
+  }
+  [[maybe_unused]] const T* norm_bias = static_cast<const T*>(p.norm_bias != nullptr ? p.norm_bias : p.norm_weight);
 
   for (int first = warp * kSpan; first < p.k; first += kStride) {
     uint32_t w[kUnroll][4];
@@ -161,31 +189,53 @@ __device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shar
       for (int i = 0; i < 4; i++) w[u][i] = next[u][i];
     }
     if (first + kStride < p.k) fetch(first + kStride);
+    // Two steps of X and of the norm are under way together; all four would take too many registers.
+    constexpr int kTogether = 2;
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      const int column = first + u * kStep + t * 8;
-      uint32_t x[2][4] = {};  // of rows g and g + 8; zeros where there is none
+    for (int u0 = 0; u0 < kUnroll; u0 += kTogether) {
+      Pack<T, 8> raw[kTogether][kRows / 8];
+      [[maybe_unused]] Pack<T, 8> raw_weight[kTogether], raw_bias[kTogether];
 #pragma unroll
-      for (int half = 0; half < kRows / 8; half++) {
-        // Lanes without a row of their own read the last one: the warp stays together for the product.
-        const int row = g + 8 * half;
-        float v[8];
-        load_x<kNorm>(v, p, row < p.m ? row : p.m - 1, column, mean[half], inverse[half], TypeTag<T>{});
+      for (int u = 0; u < kTogether; u++) {
+        const int column = first + (u0 + u) * kStep + t * 8;
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[half][i] = row < p.m ? pair_of<T>(v[2 * i], v[2 * i + 1]) : 0;
+        for (int half = 0; half < kRows / 8; half++) raw[u][half] = load_raw<kIsEven, 8>(rows[half], column, p);
+        if constexpr (kNorm) {
+          raw_weight[u] = load_raw<kIsEven, 8>(static_cast<const T*>(p.norm_weight), column, p);
+          raw_bias[u] = load_raw<kIsEven, 8>(norm_bias, column, p);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const uint32_t a[4] = {x[0][i], x[1][i], x[0][i + 1], x[1][i + 1]};
-        const uint32_t b[2] = {w[u][i], w[u][i + 1]};
-        multiply_add(c, a, b, T{});
+      for (int u = 0; u < kTogether; u++) {
+        uint32_t x[2][4] = {};  // of rows g and g + 8; zeros where there is none
+#pragma unroll
+        for (int half = 0; half < kRows / 8; half++) {
+          float v[8];
+          widen(v, raw[u][half]);
+          if constexpr (kNorm) {
+            float w[8], b[8];
+            widen(w, raw_weight[u]);
+            widen(b, raw_bias[u]);
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+              v[i] = (v[i] - mean[half]) * inverse[half] * w[i] + (p.norm_bias != nullptr ? b[i] : 0.0f);
+          }
+#pragma unroll
+          for (int i = 0; i < 4; i++) x[half][i] = g + 8 * half < p.m ? pair_of<T>(v[2 * i], v[2 * i + 1]) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          const uint32_t a[4] = {x[0][i], x[1][i], x[0][i + 1], x[1][i + 1]};
+          const uint32_t b[2] = {w[u0 + u][i], w[u0 + u][i + 1]};
+          multiply_add(c, a, b, T{});
+        }
       }
     }
   }
 }
 
 // The same for fp32, on the plain units: sums[m] of row m and feature g, over the four lanes of g.
-template <int kRows, bool kNorm>
+template <int kRows, bool kNorm, bool kIsEven>
 __device__ __forceinline__ void sum_in_fp32(const FewRowsParams& p, Shared<float> moments, float (&sums)[kRows]) {
   constexpr int kUnroll = FewRows::kUnroll, kStep = 16, kSpan = kUnroll * kStep;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -193,7 +243,7 @@ __device__ __forceinline__ void sum_in_fp32(const FewRowsParams& p, Shared<float
   const int feature = static_cast<int>(blockIdx.x) * FewRows::kFeatures + g;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (kNorm) find_moments<float>(p, moments);
+  if (kNorm) find_moments<kIsEven, float>(p, moments);
 
   for (int first = warp * kSpan; first < p.k; first += FewRows::kWarps * kSpan) {
     uint32_t w[kUnroll][4];
@@ -207,7 +257,7 @@ __device__ __forceinline__ void sum_in_fp32(const FewRowsParams& p, Shared<float
 #pragma unroll
       for (int u = 0; u < kUnroll; u++) {
         float x[4];
-        load_x<kNorm>(x, p, m, first + u * kStep + t * 4, mean, inverse, TypeTag<float>{});
+        load_x<kIsEven, kNorm>(x, p, m, first + u * kStep + t * 4, mean, inverse, TypeTag<float>{});
 #pragma unroll
         for (int i = 0; i < 4; i++) sums[m] += x[i] * float_of_bits(w[u][i]);
       }
@@ -217,7 +267,7 @@ __device__ __forceinline__ void sum_in_fp32(const FewRowsParams& p, Shared<float
   for (int m = 0; m < kRows; m++) sums[m] = reduce_lanes<Sum, 4>(sums[m]);
 }
 
-template <typename T, int kRows, bool kNorm, typename Epilogue>
+template <typename T, int kRows, bool kNorm, bool kIsEven, typename Epilogue>
 __global__ void __launch_bounds__(FewRows::kThreads, 1) few_rows_kernel(FewRowsParams p, Epilogue epilogue) {
   constexpr int kFeatures = FewRows::kFeatures;
   const Shared<float> sums = dynamic_shared<float>();  // [warp][16 rows][8 features]
@@ -228,14 +278,14 @@ __global__ void __launch_bounds__(FewRows::kThreads, 1) few_rows_kernel(FewRowsP
 
   if constexpr (std::is_same_v<T, float>) {
     float c[kRows] = {};
-    sum_in_fp32<kRows, kNorm>(p, moments, c);
+    sum_in_fp32<kRows, kNorm, kIsEven>(p, moments, c);
 #pragma unroll
     for (int m = 0; m < kRows; m++) {
       if (m % 4 == t) own[m * kFeatures + g] = c[m];
     }
   } else {
     float c[4] = {};
-    sum_on_tensor_cores<T, kRows, kNorm>(p, moments, c);
+    sum_on_tensor_cores<T, kRows, kNorm, kIsEven>(p, moments, c);
 #pragma unroll
     for (int i = 0; i < 2 * (kRows / 8); i++) own[(g + i / 2 * 8) * kFeatures + 2 * t + i % 2] = c[i];
   }
@@ -279,13 +329,16 @@ void launch_few_rows(const char* name, const FewRowsParams& p, const Epilogue& e
                                  .threads = FewRows::kThreads,
                                  .shared_bytes = FewRows::kSharedBytes,
                                  .starts_before_previous = true};
-  const auto with_rows = [&](auto rows) {
+  const auto launch_as = [&](auto rows, auto is_even) {
     constexpr int kRows = decltype(rows)::value;
+    constexpr bool kIsEven = decltype(is_even)::value;
     launch(name,
-           p.norm_weight != nullptr ? few_rows_kernel<T, kRows, true, Epilogue>
-                                    : few_rows_kernel<T, kRows, false, Epilogue>,
+           p.norm_weight != nullptr ? few_rows_kernel<T, kRows, true, kIsEven, Epilogue>
+                                    : few_rows_kernel<T, kRows, false, kIsEven, Epilogue>,
            options, stream, p, epilogue);
   };
+  const auto with_rows = [&](auto rows) { launch_as(rows, std::true_type{}); };
+  if (!p.is_aligned) return launch_as(std::integral_constant<int, 16>{}, std::false_type{});
   if constexpr (std::is_same_v<T, float>) {
     if (p.m == 1) return with_rows(std::integral_constant<int, 1>{});
     if (p.m <= 4) return with_rows(std::integral_constant<int, 4>{});

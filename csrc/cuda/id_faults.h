@@ -10,13 +10,14 @@
 
 namespace alula {
 
-enum class IdKind : int { kInput, kPosition, kTokenType };
+enum class IdKind : int { kInput, kPosition, kTokenType, kRotaryPosition };
+constexpr int kIdKinds = 4;
 
 // The last wrong id of each kind; limit 0: none. The limit is written after the id.
 struct IdFaults {
   struct {
     volatile int64_t id, limit;
-  } of[3];
+  } of[kIdKinds];
 };
 
 // Those of a GPU, which is the current one; made at first use. Null in a capture that comes before it.

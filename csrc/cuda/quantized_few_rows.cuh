@@ -140,9 +140,9 @@ __device__ __forceinline__ Quad<T> load_x_quad(const FewRowsParams& p, int row, 
   // Lanes without a row of their own read the last one: the warp stays together for the product.
   const int there = row < p.m ? row : p.m - 1;
   if (p.norm_weight != nullptr) {
-    load_x<true>(v, p, there, column, mean, inverse, TypeTag<T>{});
+    load_x<false, true>(v, p, there, column, mean, inverse, TypeTag<T>{});
   } else {
-    load_x<false>(v, p, there, column, mean, inverse, TypeTag<T>{});
+    load_x<false, false>(v, p, there, column, mean, inverse, TypeTag<T>{});
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) v[i] = row < p.m ? v[i] : 0.0f;
@@ -162,7 +162,7 @@ __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_
   load_span(next, p, panel, first + warp, g, t);  // under way while the rows' moments are found
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (p.x.norm_weight != nullptr) find_moments<T>(p.x, moments);
+  if (p.x.norm_weight != nullptr) find_moments<false, T>(p.x, moments);
   float mean[kTiles] = {}, inverse[kTiles] = {};
 #pragma unroll
   for (int n = 0; n < kTiles; n++) {

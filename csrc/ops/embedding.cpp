@@ -103,16 +103,13 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
     const CudaScope scope(packed);
     ALULA_TRACE_CUDA("embedding", dtype, size_class(ids.numel()), " tokens, width ", embedding_dim, ", ",
                      kind_name(format.kind), " table");
-    [[maybe_unused]] EmbeddingTables tables = {packed.size(1), num_embeddings, table ? table->size(0) : 0,
-                                               type_table ? type_table->size(0) : 0, nullptr};
-    ALULA_CUDA_CALL(tables.faults = id_faults(scope.stream()));
+    const IdNotes notes(scope);
+    [[maybe_unused]] const EmbeddingTables tables = {packed.size(1), num_embeddings, table ? table->size(0) : 0,
+                                                     type_table ? type_table->size(0) : 0, notes.faults()};
     const std::string earlier = take_id_fault(packed.get_device_index());
     ALULA_CHECK(earlier.empty(), earlier);
     ALULA_CUDA_CALL(embedding_cuda(args, tables, ids.numel(), scope.stream()));
-    if (waits_for_kernels()) {
-      const std::string wrong = take_text(tables.faults);
-      ALULA_CHECK(wrong.empty(), wrong);
-    }
+    notes.raise_if_waiting();
     return out;
   }
   ALULA_TRACE("embedding", dtype, size_class(ids.numel()), " tokens, width ", embedding_dim);

@@ -10,6 +10,7 @@
 #include "core/dispatch.h"
 #include "cuda/dequantize.cuh"
 #include "cuda/launch.h"
+#include "cuda/note_id.cuh"
 #include "cuda/vec.cuh"
 
 namespace alula {
@@ -31,15 +32,6 @@ __device__ __forceinline__ void add_row(float (&sum)[N], const T* table, int64_t
   if (is_there) load_pack(v, table + id * stride + column);
 #pragma unroll
   for (int i = 0; i < N; i++) sum[i] += is_there ? v[i] : NAN;
-}
-
-// Tells the host of an id that is outside its table.
-__device__ __forceinline__ void note_id(IdFaults* faults, IdKind kind, int64_t id, int64_t rows) {
-  if (faults == nullptr || (id >= 0 && id < rows)) return;
-  auto& fault = faults->of[static_cast<int>(kind)];
-  fault.id = id;
-  __threadfence_system();
-  fault.limit = rows;
 }
 
 __device__ __forceinline__ void note_ids(const Params& p, int64_t token) {

@@ -96,27 +96,32 @@ void run_keys_and_values(const QkvProjectionArgs& args) {
 
 namespace {
 
-void run_on_cuda(QkvProjectionArgs& args, const Tensor& x, const Tensor& weight, [[maybe_unused]] int64_t num_slots,
-                 [[maybe_unused]] int64_t num_rotary_positions) {
+void launch_on_cuda(QkvProjectionArgs& args, const Tensor& x, const Tensor& weight,
+                    [[maybe_unused]] const QkvPlaces& places, const CudaScope& scope) {
   const PanelGemmArgs& gemm = args.gemm;
-  if (gemm.m == 0) return;
-  const CudaScope scope(x);
   if (gemm.format.kind != WeightKind::kDense) {
     [[maybe_unused]] const PreparedQuantized prepared = prepare_quantized("qkv_projection", args.gemm, x, scope);
-    ALULA_CUDA_CALL(qkv_projection_quantized_cuda(args, num_slots, num_rotary_positions, prepared.plan, prepared.work,
-                                                  scope.stream()));
+    ALULA_CUDA_CALL(qkv_projection_quantized_cuda(args, places, prepared.plan, prepared.work, scope.stream()));
     return;
   }
   const bool is_few = gemm.m <= kMaxFewRows;
   ALULA_TRACE_CUDA("qkv_projection", gemm.dtype, size_class(gemm.m), " rows, ", gemm.k, " -> ", gemm.n,
                    gemm.norm_weight ? ", layer norm" : "", is_few ? ": one kernel" : ": library product");
   if (is_few) {
-    ALULA_CUDA_CALL(qkv_projection_few_rows_cuda(args, num_slots, num_rotary_positions, scope.stream()));
+    ALULA_CUDA_CALL(qkv_projection_few_rows_cuda(args, places, scope.stream()));
     return;
   }
   const Tensor product = library_product(gemm, x, weight, scope);
-  ALULA_CUDA_CALL(
-      qkv_projection_epilogue_cuda(args, product.const_data_ptr(), num_slots, num_rotary_positions, scope.stream()));
+  ALULA_CUDA_CALL(qkv_projection_epilogue_cuda(args, product.const_data_ptr(), places, scope.stream()));
+}
+
+void run_on_cuda(QkvProjectionArgs& args, const Tensor& x, const Tensor& weight, int64_t num_slots,
+                 int64_t num_rotary_positions) {
+  if (args.gemm.m == 0) return;
+  const CudaScope scope(x);
+  const IdNotes notes(scope);
+  launch_on_cuda(args, x, weight, {num_slots, num_rotary_positions, notes.faults()}, scope);
+  notes.raise_if_waiting();
 }
 
 }  // namespace

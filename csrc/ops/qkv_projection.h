@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/panel_gemm_args.h"
 #include "cuda/device.h"
+#include "cuda/id_faults.h"
 #include "cuda/quantized_product.h"
 
 namespace alula {
@@ -36,15 +37,19 @@ struct QkvProjectionKernels {
 
 ALULA_DECLARE_KERNELS(QkvProjectionKernels, kQkvProjection)
 
-// On CUDA, a dense W as in cuda/weight_layout.h; num_slots is S of the cache, num_rotary_positions P of the table. Up
-// to kMaxFewRows rows:
-void qkv_projection_few_rows_cuda(const QkvProjectionArgs& args, int64_t num_slots, int64_t num_rotary_positions,
-                                  const CudaStream& stream);
+// What positions may be, where the host cannot look at them: on CUDA.
+struct QkvPlaces {
+  int64_t num_slots, num_rotary_positions;  // S of the cache, P of the table
+  IdFaults* faults;                         // where wrong rotary positions are noted; may be null
+};
+
+// On CUDA, a dense W as in cuda/weight_layout.h. Up to kMaxFewRows rows:
+void qkv_projection_few_rows_cuda(const QkvProjectionArgs& args, const QkvPlaces& places, const CudaStream& stream);
 // What follows the product [M, N]:
-void qkv_projection_epilogue_cuda(const QkvProjectionArgs& args, const void* product, int64_t num_slots,
-                                  int64_t num_rotary_positions, const CudaStream& stream);
+void qkv_projection_epilogue_cuda(const QkvProjectionArgs& args, const void* product, const QkvPlaces& places,
+                                  const CudaStream& stream);
 // Quantized weights, as in ops/linear.h.
-void qkv_projection_quantized_cuda(const QkvProjectionArgs& args, int64_t num_slots, int64_t num_rotary_positions,
-                                   const QuantizedPlan& plan, const QuantizedWork& work, const CudaStream& stream);
+void qkv_projection_quantized_cuda(const QkvProjectionArgs& args, const QkvPlaces& places, const QuantizedPlan& plan,
+                                   const QuantizedWork& work, const CudaStream& stream);
 
 }  // namespace alula

@@ -15,21 +15,20 @@
 
 namespace alula {
 
-void qkv_projection_few_rows_cuda(const QkvProjectionArgs& args, int64_t num_slots, int64_t num_rotary_positions,
-                                  const CudaStream& stream) {
+void qkv_projection_few_rows_cuda(const QkvProjectionArgs& args, const QkvPlaces& places, const CudaStream& stream) {
   dispatch_dtype(args.gemm.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    launch_few_rows<T>("qkv_projection: few_rows_kernel", few_rows_params<T>(args.gemm),
-                       QkvEpilogue<T>{args, num_slots, num_rotary_positions}, stream);
+    launch_few_rows<T>("qkv_projection: few_rows_kernel", few_rows_params<T>(args.gemm), QkvEpilogue<T>{args, places},
+                       stream);
   });
 }
 
-void qkv_projection_epilogue_cuda(const QkvProjectionArgs& args, const void* product, int64_t num_slots,
-                                  int64_t num_rotary_positions, const CudaStream& stream) {
+void qkv_projection_epilogue_cuda(const QkvProjectionArgs& args, const void* product, const QkvPlaces& places,
+                                  const CudaStream& stream) {
   dispatch_dtype(args.gemm.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     launch_epilogue<T>("qkv_projection: epilogue_kernel", product, args.gemm.m, args.gemm.n,
-                       QkvEpilogue<T>{args, num_slots, num_rotary_positions}, stream);
+                       QkvEpilogue<T>{args, places}, stream);
   });
 }
 

@@ -3,10 +3,11 @@
 //
 // Head sizes are multiples of 8, so two neighbouring features of even number are a pair of one head: what the rotary
 // embedding turns together. What the host checks of positions on the CPU cannot be checked here without waiting: a
-// slot beyond the cache is written nowhere, a rotary position outside the table gives NaN.
+// slot beyond the cache is written nowhere, a rotary position outside the table gives NaN and is noted for the host.
 #pragma once
 
 #include "cuda/activation.cuh"
+#include "cuda/note_id.cuh"
 #include "cuda/vec.cuh"
 #include "ops/qkv_projection.h"
 
@@ -15,7 +16,7 @@ namespace alula {
 template <typename T>
 struct QkvEpilogue {
   QkvProjectionArgs args;
-  int64_t num_slots, num_rotary_positions;
+  QkvPlaces places;
 
   __device__ __forceinline__ void operator()(int64_t row, int feature, float y0, float y1) const {
     const int head_dim = static_cast<int>(args.head_dim), d = feature % head_dim;
@@ -37,7 +38,8 @@ struct QkvEpilogue {
     }
     if (args.rotary_table != nullptr && feature < k_end && d < args.rotary_dim) {
       const int64_t position = args.rotary_positions[row];
-      const bool is_there = position >= 0 && position < num_rotary_positions;
+      const bool is_there = position >= 0 && position < places.num_rotary_positions;
+      if (!is_there) note_id(places.faults, IdKind::kRotaryPosition, position, places.num_rotary_positions);
       const float* angle = args.rotary_table + (is_there ? position : 0) * args.rotary_dim + d / 2;
       const float cosine = is_there ? angle[0] : NAN, sine = is_there ? angle[args.rotary_dim / 2] : NAN;
       const float turned = y0 * cosine - y1 * sine;
@@ -47,7 +49,7 @@ struct QkvEpilogue {
     T* to = static_cast<T*>(args.q) + row * q_features + feature;
     if (feature >= q_features) {
       const int64_t slot = args.positions[row];
-      if (slot < 0 || slot >= num_slots) return;
+      if (slot < 0 || slot >= places.num_slots) return;
       const bool is_value = feature >= k_end;
       const int head = (feature - (is_value ? k_end : q_features)) / head_dim;
       to = static_cast<T*>(args.kv_cache) + row / args.tokens * args.kv_strides[0] + head * args.kv_strides[1] +

@@ -9,13 +9,13 @@
 
 namespace alula {
 
-void qkv_projection_quantized_cuda(const QkvProjectionArgs& args, int64_t num_slots, int64_t num_rotary_positions,
-                                   const QuantizedPlan& plan, const QuantizedWork& work, const CudaStream& stream) {
+void qkv_projection_quantized_cuda(const QkvProjectionArgs& args, const QkvPlaces& places, const QuantizedPlan& plan,
+                                   const QuantizedWork& work, const CudaStream& stream) {
   dispatch_dtype(args.gemm.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     launch_quantized<T>(
         plan.is_few ? "qkv_projection: quantized_few_rows_kernel" : "qkv_projection: quantized_many_rows_kernel",
-        args.gemm, plan, work, QkvEpilogue<T>{args, num_slots, num_rotary_positions}, stream);
+        args.gemm, plan, work, QkvEpilogue<T>{args, places}, stream);
   });
 }
 

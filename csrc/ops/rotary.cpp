@@ -52,7 +52,9 @@ void run(const Tensor& q, const Tensor& k, const Tensor& q_out, const Tensor& k_
     const CudaScope scope(q);
     ALULA_TRACE_CUDA("rotary", of_q.dtype, size_class(batch * tokens), " tokens, head size ", head_dim,
                      is_interleaved ? ", interleaved" : ", halves");
-    ALULA_CUDA_CALL(rotary_cuda(of_q, of_k, batch * tokens, angles.size(0), scope.stream()));
+    const IdNotes notes(scope);
+    ALULA_CUDA_CALL(rotary_cuda(of_q, of_k, batch * tokens, angles.size(0), notes.faults(), scope.stream()));
+    notes.raise_if_waiting();
     return;
   }
   ALULA_TRACE("rotary", of_q.dtype, size_class(batch * tokens), " tokens, head size ", head_dim,

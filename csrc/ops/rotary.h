@@ -6,6 +6,7 @@
 #include "core/types.h"
 #include "cpu/isa.h"
 #include "cuda/device.h"
+#include "cuda/id_faults.h"
 
 namespace alula {
 
@@ -30,8 +31,9 @@ struct RotaryKernels {
 
 ALULA_DECLARE_KERNELS(RotaryKernels, kRotary)
 
-// Both tensors, of num_tokens = B * T tokens each, in one launch; num_positions is P.
-void rotary_cuda(const RotaryArgs& q, const RotaryArgs& k, int64_t num_tokens, int64_t num_positions,
+// Both tensors, of num_tokens = B * T tokens each, in one launch; num_positions is P. Wrong positions are noted in
+// `faults`, which may be null.
+void rotary_cuda(const RotaryArgs& q, const RotaryArgs& k, int64_t num_tokens, int64_t num_positions, IdFaults* faults,
                  const CudaStream& stream);
 
 }  // namespace alula

@@ -1,12 +1,13 @@
 // rotary on CUDA: query and key in one launch, a thread for each piece of a head. A piece is 16 bytes of values where
-// everything lies even, else one pair. A position outside the table gives NaN: it cannot be checked without waiting
-// for the device.
+// everything lies even, else one pair. A position outside the table gives NaN and is noted for the host: it cannot be
+// checked without waiting for the device.
 //
 // Not measured yet: no GPU was at hand.
 #include "ops/rotary.h"
 
 #include "core/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/note_id.cuh"
 #include "cuda/vec.cuh"
 
 namespace alula {
@@ -18,6 +19,7 @@ struct Params {
   RotaryArgs q, k;  // of the same tokens and head size
   int64_t num_pieces, pieces_per_head;
   int64_t num_positions;  // P
+  IdFaults* faults;
 };
 
 // The pair (a, b) turned by an angle.
@@ -50,6 +52,7 @@ __device__ __forceinline__ Place<T> place_of(const Params& p, int64_t piece) {
   const int64_t b = token / args.tokens, t = token % args.tokens;
   const int64_t position = args.positions[token];
   const bool is_there = position >= 0 && position < p.num_positions;
+  if (!is_there) note_id(p.faults, IdKind::kRotaryPosition, position, p.num_positions);
   Place<T> place;
   place.x = static_cast<const T*>(args.x) + b * args.x_strides[0] + t * args.x_strides[1] + head * args.x_strides[2];
   place.out =
@@ -123,7 +126,7 @@ bool lies_even(const RotaryArgs& args, int64_t n) {
 
 }  // namespace
 
-void rotary_cuda(const RotaryArgs& q, const RotaryArgs& k, int64_t num_tokens, int64_t num_positions,
+void rotary_cuda(const RotaryArgs& q, const RotaryArgs& k, int64_t num_tokens, int64_t num_positions, IdFaults* faults,
                  const CudaStream& stream) {
   dispatch_dtype(q.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
@@ -133,7 +136,7 @@ void rotary_cuda(const RotaryArgs& q, const RotaryArgs& k, int64_t num_tokens, i
     const int64_t pieces = !takes_packs       ? q.head_dim - half
                            : q.is_interleaved ? q.head_dim / N
                                               : (q.head_dim - half) / N;
-    const Params p = {q, k, num_tokens * (q.num_heads + k.num_heads) * pieces, pieces, num_positions};
+    const Params p = {q, k, num_tokens * (q.num_heads + k.num_heads) * pieces, pieces, num_positions, faults};
     const LaunchOptions options = {.blocks = {(p.num_pieces + kThreads - 1) / kThreads}, .threads = kThreads};
     if (!takes_packs) return launch("rotary_pairs_kernel", rotary_pairs_kernel<T>, options, stream, p);
     launch("rotary_packs_kernel", q.is_interleaved ? rotary_packs_kernel<T, true> : rotary_packs_kernel<T, false>,

@@ -44,7 +44,7 @@ def bucket_of(rows: int) -> int:
 
 def can_step(model: Any, cache: KVCache | None) -> bool:
     """Whether a step of this model over this cache (None: one of the step's own) needs no help from Python."""
-    return hasattr(model, "lm_head") and hasattr(model, "decode_step") and (cache is None or cache.cross is None)
+    return hasattr(model, "decode_step")
 
 
 class DecodeStep:
@@ -55,8 +55,7 @@ class DecodeStep:
         cache: of R rows; the step writes its tensors and never asks it how long the rows are.
         max_new: N, the most tokens that one call may make.
 
-    Attributes: `chooser`, the rows' state; `lengths` int32 [R], the tokens that each row has stored; `positions` int64
-    [R, 1], of the next token of each row.
+    Attributes: `chooser`, the rows' state.
     """
 
     def __init__(self, model: DecoderWithHead, cache: KVCache, max_new: int) -> None:
@@ -72,10 +71,7 @@ class DecodeStep:
         self._pool: Any = None
         self._stream: Any = None  # captures run on: torch's own belongs to the GPU that captured first
         rows = cache.batch_size
-        self.chooser = DeviceChooser(rows, model.lm_head.out_features, max_new, model.device)
-        with torch.inference_mode(False):
-            self.lengths = torch.zeros(rows, dtype=torch.int32, device=model.device)
-            self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+        self.chooser = DeviceChooser(rows, model.get_output_embeddings().out_features, max_new, model.device)
 
     @property
     def rows(self) -> int:
@@ -86,43 +82,26 @@ class DecodeStep:
         same = self._stamp == model.weights_stamp and self._device == model.device and self.cache.dtype == model.dtype
         return same and all(a is b for a, b in zip(self._layers, self.cache.layers, strict=True))
 
-    def place(self, lengths: Tensor, positions: Tensor) -> None:
-        """Says where the first rows are: lengths int32 [B], positions int64 [B, 1]; the others are empty."""
-        count = lengths.shape[0]
-        self.lengths.zero_()[:count].copy_(lengths)
-        self.positions.zero_()[:count].copy_(positions)
-
     # --- a step: nothing below waits for the device ---------------------------------------------------------
 
     def logits(self, model: DecoderWithHead) -> Tensor:
-        """The logits float32 [R, V] after the newest tokens. The state stays, so that it can be done again."""
-        running = self.chooser.running
-        slots = torch.where(running, self.lengths, -1).unsqueeze(1)
-        lengths = self.lengths + running
-        logits = model.decode_step(self.chooser.tokens, self.positions, slots, lengths, self.cache)
-        return logits[:, -1].float()
-
-    def advance(self) -> None:
-        """Counts the tokens that `logits` has stored."""
-        running = self.chooser.running
-        self.lengths.add_(running)
-        self.positions.add_(running.unsqueeze(1))
+        """The logits [R, V] after the newest tokens. The state stays, so that it can be done again."""
+        rows = self.chooser.state
+        return model.decode_step(rows.tokens, rows.positions, rows.slots, rows.seen, self.cache)[:, -1]
 
     def _whole(self, model: DecoderWithHead) -> Tensor:
         logits = self.logits(model)
-        processed = self.chooser.process(logits)
-        self.advance()
-        self.chooser.choose(processed)
+        self.chooser.choose(self.chooser.process(logits), advances=True)
         return logits
 
     # --- as a graph -----------------------------------------------------------------------------------------
 
     def run(self, model: DecoderWithHead, num_left: int) -> Tensor:
-        """A whole step; its logits float32 [R, V], overwritten by the next. `num_left`: this one and those to come."""
+        """A whole step; its logits [R, V], overwritten by the next. `num_left`: this one and those to come."""
         return self._run(("whole", self.chooser.kind), self._whole, model, num_left)
 
     def run_logits(self, model: DecoderWithHead, num_left: int) -> Tensor:
-        """Only :meth:`logits`, for those who change them before `advance` and `chooser.choose`."""
+        """Only :meth:`logits`, for those who change them before `chooser.choose`."""
         return self._run("logits", self.logits, model, num_left)
 
     def _run(self, key: Any, call: Step, model: DecoderWithHead, num_left: int) -> Tensor:
@@ -152,9 +131,7 @@ class DecodeStep:
                 self._pool = torch.cuda.graph_pool_handle()
             if self._stream is None:
                 self._stream = torch.cuda.Stream()
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 logits = call(model)
         return graph, logits
 

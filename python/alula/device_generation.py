@@ -53,7 +53,7 @@ class DeviceSteps:
         self._running = [True] * num_rows
         self._on_gpu = model.device.type == "cuda"
         with torch.inference_mode(False):
-            self._reports = torch.empty(num_new, *self._step.chooser.report.shape, dtype=torch.float32)
+            self._reports = torch.empty(num_new, *self._step.chooser.state.report.shape, dtype=torch.float32)
             if self._on_gpu:
                 self._reports = self._reports.pin_memory()
         self._sent: dict[int, torch.cuda.Event] = {}
@@ -64,7 +64,7 @@ class DeviceSteps:
         self.num_queued = self.num_read = 0
         with torch.no_grad():
             self._step.chooser.start(config, num_new=self._num_new, **state)
-            self._step.place(self.cache.lengths, positions)
+            self._step.chooser.place(self.cache.lengths, positions)
         self._longest = self.cache.longest
 
     def first(self, logits: Tensor, process: Processor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class DeviceSteps:
         return logits
 
     def queue(self, process: Processor | None = None) -> Tensor:
-        """Queues a step; returns the model's logits float32 [R, V], overwritten by the next one."""
+        """Queues a step; returns the model's logits [R, V], overwritten by the next one."""
         left = self._num_new - self.num_queued
         if self._given is not None:
             self._given.reserve(self._longest + self.num_queued)  # raises where it is full
@@ -92,16 +92,15 @@ class DeviceSteps:
         chooser = self._step.chooser
         processed = chooser.process(logits)
         if process is not None:
+            processed = processed.float()
             rows = process(processed[: self._num_rows])  # may raise: the state has not moved yet
             processed = torch.cat([rows.float(), processed[self._num_rows :]])
-        if advances:
-            self._step.advance()
-        chooser.choose(processed)
+        chooser.choose(processed, advances=advances)
         self._send()
 
     def _send(self) -> None:
         """Starts the way of a step's report to the host."""
-        self._reports[self.num_queued].copy_(self._step.chooser.report, non_blocking=True)
+        self._reports[self.num_queued].copy_(self._step.chooser.state.report, non_blocking=True)
         if self._on_gpu:
             event = self._sent[self.num_queued] = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.cache.device))
@@ -140,7 +139,7 @@ class DeviceSteps:
         if self._running[row]:
             self._running[row] = False
             if not is_known:
-                self._step.chooser.running.narrow(0, row, 1).fill_(False)
+                self._step.chooser.end_row(row)
 
     def release(self) -> None:
         """Lets the next call have the step."""

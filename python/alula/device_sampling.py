@@ -19,8 +19,13 @@ import torch
 from torch import Tensor
 
 from alula.generation_config import GenerationConfig
+from alula.ops import RowState
 
 __all__ = ["ChoiceKind", "DeviceChooser"]
+
+
+# Bound once: what follows from a choice is one kernel, beside some five a layer for the whole model.
+choose_token_op = torch.ops.alula.choose_token.default
 
 
 class ChoiceKind(NamedTuple):
@@ -52,10 +57,7 @@ class ChoiceKind(NamedTuple):
 class DeviceChooser:
     """The state of R rows on the device, and the choice that moves it on.
 
-    Attributes: `tokens` int64 [R, 1], the newest of each row (0 in ended rows: an id that every vocabulary has);
-    `running` bool [R]; `out` int64 [R, N], what was chosen, padding in ended rows; `step` int64 [1], how many tokens;
-    `report` float32 [2, R] (ids below 2^24 are exact): what was chosen last, and 0 or a largest logit that was no
-    number at some step.
+    Attributes: `state`, the tensors of :class:`alula.ops.RowState`.
     """
 
     def __init__(self, rows: int, vocab_size: int, max_new: int, device: torch.device) -> None:
@@ -64,11 +66,17 @@ class DeviceChooser:
         self.kind = ChoiceKind(False, False, False, False, False, False, 0)
         self._vocab_size, self._device = vocab_size, device
         with torch.inference_mode(False):
-            self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-            self.running = torch.zeros(rows, dtype=torch.bool, device=device)
-            self.out = torch.zeros(rows, max_new, dtype=torch.int64, device=device)
-            self.step = torch.zeros(1, dtype=torch.int64, device=device)
-            self.report = torch.zeros(2, rows, dtype=torch.float32, device=device)
+            self.state = RowState(
+                tokens=torch.zeros(rows, 1, dtype=torch.int64, device=device),
+                running=torch.zeros(rows, dtype=torch.bool, device=device),
+                out=torch.zeros(rows, max_new, dtype=torch.int64, device=device),
+                step=torch.zeros(1, dtype=torch.int64, device=device),
+                report=torch.zeros(2, rows, dtype=torch.float32, device=device),
+                lengths=torch.zeros(rows, dtype=torch.int32, device=device),
+                positions=torch.zeros(rows, 1, dtype=torch.int64, device=device),
+                slots=torch.full((rows, 1), -1, dtype=torch.int32, device=device),
+                seen=torch.zeros(rows, dtype=torch.int32, device=device),
+            )
             self._pad_id = torch.zeros(1, dtype=torch.int64, device=device)
             self._min_new = torch.zeros(1, dtype=torch.int64, device=device)
             self._kth = torch.zeros(1, dtype=torch.int64, device=device)  # where the k-th largest is, sorted upwards
@@ -82,7 +90,7 @@ class DeviceChooser:
 
     @property
     def rows(self) -> int:
-        return self.running.shape[0]
+        return self.state.running.shape[0]
 
     def start(
         self,
@@ -99,10 +107,9 @@ class DeviceChooser:
         count = len(prompts)
         self.kind = kind
         with torch.inference_mode(False):
-            self.tokens.zero_()
-            self.running.zero_().narrow(0, 0, count).fill_(True)
-            self.step.zero_()
-            self.report.zero_()
+            for tensor in (self.state.tokens, self.state.step, self.state.report, self.state.lengths):
+                tensor.zero_()
+            self.state.running.zero_().narrow(0, 0, count).fill_(True)
             self._pad_id.fill_(pad_id)
             self._min_new.fill_(min_new)
             if kind.num_eos:
@@ -114,11 +121,23 @@ class DeviceChooser:
                 self._least.fill_(math.log(config.min_p) if config.min_p else -math.inf)
                 numbers = np.stack([np.random.default_rng(seed).random(num_new) for seed in seeds])
                 if self._uniforms is None:
-                    self._uniforms = torch.zeros(self.out.shape, dtype=torch.float64, device=self._device)
+                    self._uniforms = torch.zeros(self.state.out.shape, dtype=torch.float64, device=self._device)
                 self._uniforms[:count, :num_new].copy_(torch.from_numpy(numbers))
             if kind.has_penalty:
                 self._penalty.fill_(config.repetition_penalty)
                 self._note_prompts(prompts)
+
+    def place(self, lengths: Tensor, positions: Tensor) -> None:
+        """Says where the first rows are: lengths int32 [B], the tokens they have stored; positions int64 [B, 1], of
+        their first new tokens. The other rows are empty."""
+        count = lengths.shape[0]
+        self.state.lengths.zero_()[:count].copy_(lengths)
+        self.state.positions.zero_()[:count].copy_(positions)
+
+    def end_row(self, row: int) -> None:
+        """Ends a row that the device takes for running."""
+        self.state.running.narrow(0, row, 1).fill_(False)
+        self.state.slots.narrow(0, row, 1).fill_(-1)
 
     def _fill_eos(self, eos_ids: Sequence[int]) -> None:
         ids = torch.tensor(eos_ids, dtype=torch.int64)
@@ -138,33 +157,28 @@ class DeviceChooser:
     # --- a step: nothing below waits for the device ---------------------------------------------------------
 
     def process(self, logits: Tensor) -> Tensor:
-        """What comes before sampling: repetition penalty and minimum length, of float32 [R, V]."""
+        """What comes before sampling: repetition penalty and minimum length, of logits [R, V]; float32 where they say
+        something."""
         if self.kind.has_penalty:
+            logits = logits.float()
             logits = torch.where(logits < 0, logits * self._factors, logits / self._factors)
         if self.kind.has_min_new:
-            eos = self._eos[self.kind.num_eos]
-            ends = logits.index_select(1, eos).masked_fill(self.step < self._min_new, -torch.inf)
+            logits, eos = logits.float(), self._eos[self.kind.num_eos]
+            ends = logits.index_select(1, eos).masked_fill(self.state.step < self._min_new, -torch.inf)
             logits = logits.index_copy(1, eos, ends)
         return logits
 
-    def choose(self, logits: Tensor) -> None:
-        """Chooses a token for each row that runs, from processed logits [R, V], and moves the state on."""
-        largest, tokens = logits.max(dim=-1)
+    def choose(self, logits: Tensor, *, advances: bool = False) -> None:
+        """Chooses a token for each row that runs, from processed logits [R, V], and moves the state on. `advances`: the
+        newest tokens have been stored."""
+        drawn = None
         if self.kind.is_sampled:
-            tokens = self._draw(logits, largest)
-        # Few and small operations: each is a launch, beside some five a layer for the whole model.
-        running = self.running
-        chosen = torch.where(running, tokens, self._pad_id)
-        self.out.index_copy_(1, self.step, chosen.unsqueeze(1))
-        torch.mul(tokens, running, out=self.tokens.squeeze(1))
-        is_bad = (largest - largest != 0).logical_and_(running)  # NaN, inf, -inf
-        self.report[0].copy_(chosen)
-        torch.where(is_bad, largest, self.report[1], out=self.report[1])
-        if self.kind.has_penalty:
-            self._factors.scatter_(1, chosen.unsqueeze(1), self._penalty.expand(self.rows, 1))
-        if self.kind.num_eos:
-            running.logical_and_((chosen.unsqueeze(1) != self._eos[self.kind.num_eos]).all(1))
-        self.step.add_(1)
+            logits = logits.float()
+            drawn = self._draw(logits, logits.amax(-1))
+        eos = self._eos[self.kind.num_eos] if self.kind.num_eos else None
+        choose_token_op(logits, drawn, self._pad_id, eos, advances, *self.state)
+        if self.kind.has_penalty:  # in rows that have ended, nobody looks at it
+            self._factors.scatter_(1, self.state.tokens, self._penalty.expand(self.rows, 1))
 
     def _draw(self, logits: Tensor, largest: Tensor) -> Tensor:
         """A token of each row, int64 [R]; `largest` float32 [R]."""
@@ -192,6 +206,6 @@ class DeviceChooser:
             weights = torch.where(kept, weights, 0.0)
         mass = weights.cumsum(-1, dtype=torch.float64)
         total = mass[:, -1:]
-        target = self._uniforms.index_select(1, self.step) * total
+        target = self._uniforms.index_select(1, self.state.step) * total
         target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(mass, target, right=True).squeeze(1).clamp_(max=size - 1)

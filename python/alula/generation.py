@@ -160,7 +160,7 @@ class Generation:
             self._cache.crop(columns)
             raise
         self.length += 1
-        if not is_first:
+        if not is_first and self._steps is None:
             self._positions += self._running
         self._end_rows(chosen, logits)
         return tokens
@@ -193,11 +193,14 @@ class Generation:
         if self._steps is not None or self.length != self._num_prompt:
             return
         rows, columns = self.ids.shape
-        if not self._encoder and chooses_on_device(self._model, self._cache):
+        if chooses_on_device(self._model, self._cache):
             num_new = columns - self._num_prompt
             slots = max(self.prompt_lengths) + num_new - 1
-            self._steps = DeviceSteps(self._model, rows, slots, num_new, self._cache, self)
-            self._looks_ahead = self._cache is None and not self._decides
+            cache = self._cache
+            if cache is None and self._encoder:  # its keys lie elsewhere in every call: no step is kept for the next
+                cache = self._model.new_cache(rows, max_length=slots)
+            self._steps = DeviceSteps(self._model, rows, slots, num_new, cache, self)
+            self._looks_ahead = cache is None and not self._decides
             self._cache = self._steps.cache
         elif self._cache is None:
             self._cache = self._model.new_cache(rows, max_length=columns)
@@ -224,7 +227,7 @@ class Generation:
             logits = steps.queue(self._processor())
         if self._looks_ahead and self._num_prompt + steps.num_queued < self.ids.shape[1]:
             steps.queue()
-        return steps.read(), None if logits is None else logits[: len(self.ids)]
+        return steps.read(), None if logits is None else logits[: len(self.ids)].float()
 
     def _processor(self) -> Callable[[Tensor], Tensor] | None:
         """The caller's processors as one function of logits [B, V]."""

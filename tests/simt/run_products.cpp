@@ -73,14 +73,14 @@ void run_qkv_projection(const Request& r) {
       .mlp_stride = r.i("mlp_stride"),
       .mlp_activation = static_cast<int>(r.i("mlp_activation")),
   };
-  const int64_t slots = r.i("num_slots"), positions = r.i("num_rotary_positions");
+  const QkvPlaces places = {r.i("num_slots"), r.i("num_rotary_positions"), r.t<IdFaults>("faults")};
   if (args.gemm.format.kind != WeightKind::kDense) {
     Quantized quantized(r, args.gemm);
-    qkv_projection_quantized_cuda(args, slots, positions, quantized.plan, quantized.work(), r.stream());
+    qkv_projection_quantized_cuda(args, places, quantized.plan, quantized.work(), r.stream());
     return quantized.report(r);
   }
-  if (r.i("few_rows")) return qkv_projection_few_rows_cuda(args, slots, positions, r.stream());
-  qkv_projection_epilogue_cuda(args, r.t("product"), slots, positions, r.stream());
+  if (r.i("few_rows")) return qkv_projection_few_rows_cuda(args, places, r.stream());
+  qkv_projection_epilogue_cuda(args, r.t("product"), places, r.stream());
 }
 
 const Registration kLinear("linear", run_linear);

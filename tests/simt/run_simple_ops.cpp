@@ -66,11 +66,11 @@ void run_rotary(const Request& r) {
         .table = r.t<const float>("table"),
     };
   };
-  rotary_cuda(args("q"), args("k"), r.i("tokens"), r.i("num_positions"), r.stream());
+  rotary_cuda(args("q"), args("k"), r.i("tokens"), r.i("num_positions"), r.t<IdFaults>("faults"), r.stream());
 }
 
 void run_embedding(const Request& r) {
-  static_assert(sizeof(IdFaults) == 6 * sizeof(int64_t), "the test gives as much");
+  static_assert(sizeof(IdFaults) == 2 * kIdKinds * sizeof(int64_t), "the test gives as much");
   auto* faults = r.t<IdFaults>("faults");
   embedding_cuda(
       {

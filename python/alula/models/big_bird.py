@@ -282,24 +282,41 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
                 wrong = int(ids[(ids < 0) | (ids >= count)][0])
                 raise ValueError(f"{name} holds {wrong}; accepted: 0 to {count - 1} ({limit} is {count})")
         if embeds is None:
-            x = embedding_op(
-                input_ids,
-                bound.table.data,
-                config.vocab_size,
-                config.hidden_size,
-                position_ids,
-                bound.position_table,
-                token_type_ids,
-                bound.type_table,
-                self._word_scale,
-                bound.table.code,
-                bound.table.value_dtype,
-            )
-        else:
-            x = embeds.float() * self._word_scale + bound.position_table[position_ids].float()
-            x = (x + bound.type_table[token_type_ids].float()).to(self.dtype)
+            return self.embed_ids(input_ids, position_ids, token_type_ids)
+        x = embeds.float() * self._word_scale + bound.position_table[position_ids].float()
+        x = (x + bound.type_table[token_type_ids].float()).to(self.dtype)
         weight, bias, eps = bound.norm
         return layer_norm_op(x, weight, bias, eps, None)
+
+    def embed_ids(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        """The normed embeddings [B, T, E] of ids that are in range."""
+        bound, config = self._bound, self.config
+        x = embedding_op(
+            input_ids,
+            bound.table.data,
+            config.vocab_size,
+            config.hidden_size,
+            position_ids,
+            bound.position_table,
+            token_type_ids,
+            bound.type_table,
+            self._word_scale,
+            bound.table.code,
+            bound.table.value_dtype,
+        )
+        weight, bias, eps = bound.norm
+        return layer_norm_op(x, weight, bias, eps, None)
+
+    def run_step(self, tokens: Tensor, position_ids: Tensor, slots: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
+        """The last block's output [B, 1, E] for one token a row of a decoder, nothing asked of the device; arguments as
+        :meth:`alula.models.decoder.DecoderWithHead.decode_step`."""
+        bound, shape = self._bind(), self._shape
+        x = self.embed_ids(tokens, position_ids, torch.zeros_like(tokens))
+        attend = FullAttention(shape, slots, None, lengths, None, None, None, True)
+        cross = None
+        if cache.cross is not None:
+            cross = CrossAttention(bound.cross, shape, cache.cross, slots, None, None, None, may_pad=False)
+        return run_post_norm_blocks(bound.blocks, shape, x, cache.layers, slots, attend, cross)
 
     def _attend(
         self,
@@ -434,6 +451,11 @@ class BigBirdWithHead(BigBirdPreTrainedModel):
     def __init__(self, config: BigBirdConfig, dtype: torch.dtype | None, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.bert = BigBirdModel(config, add_pooling_layer, dtype=dtype, init_weights=False)
+
+    @property
+    def weights_stamp(self) -> int:
+        """Changes when a weight does, of this model or of another."""
+        return VERSION.count
 
     def set_attention_type(self, value: str) -> None:
         """:meth:`BigBirdModel.set_attention_type`."""

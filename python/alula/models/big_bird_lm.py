@@ -258,6 +258,12 @@ class BigBirdForCausalLM(GenerationMixin, BigBirdLanguageModel):
         if not self.config.is_decoder:
             raise ValueError("this model is an encoder: it cannot generate; make it with is_decoder=True")
 
+    def decode_step(
+        self, tokens: Tensor, position_ids: Tensor, slots: Tensor, lengths: Tensor, cache: KVCache
+    ) -> Tensor:
+        """As :meth:`alula.models.decoder.DecoderWithHead.decode_step`."""
+        return self.cls.predictions(self.bert.run_step(tokens, position_ids, slots, lengths, cache))
+
     @whole_or_nothing
     def forward(
         self,

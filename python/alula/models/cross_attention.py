@@ -64,6 +64,7 @@ class CrossAttention:
             same bits whatever padding is beside them.
         mask: as :func:`alula.ops.attention` takes it, over the encoder's columns. head_masks: per block float32 [H].
         probabilities: a list to collect every block's [B, H, T, S] in, or None.
+        may_pad: whether positions may be negative; where not, nothing is asked of the device.
     """
 
     def __init__(
@@ -75,12 +76,13 @@ class CrossAttention:
         mask: Tensor | None,
         head_masks: Sequence[Tensor] | None,
         probabilities: list[Tensor] | None,
+        may_pad: bool = True,
     ) -> None:
         self._blocks, self._shape, self._encoded = blocks, shape, encoded
         self._mask, self._head_masks, self._probabilities = mask, head_masks, probabilities
         self._all = torch.zeros_like(positions)
         self._tokens, self._padding = self._all, None
-        if bool((positions < 0).any()):
+        if may_pad and bool((positions < 0).any()):
             self._tokens = self._all.masked_fill(positions < 0, -1)
             self._padding = self._all.masked_fill(positions >= 0, -1)
         self._query_shape = (*positions.shape, shape.num_heads, shape.head_dim)

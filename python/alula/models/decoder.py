@@ -301,10 +301,11 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
                     bound.cross,
                     shape,
                     cache.cross,
-                    positions if padding is not None and tokens > 1 else torch.zeros_like(positions),
+                    positions,
                     encoder_mask,
                     head_masks,
                     cross_attentions,
+                    may_pad=padding is not None and tokens > 1,
                 )
             x = self._run_blocks(
                 x,
@@ -377,7 +378,8 @@ class DecoderWithHead(DecoderPreTrainedModel):
 
         Args:
             tokens, position_ids: int64 [B, 1], in range. slots: int32 [B, 1], where a row's token is stored, -1 for
-                nowhere. lengths: int32 [B], with it. cache: its tensors are written; its own lengths are not touched.
+                nowhere. lengths: int32 [B], with it. cache: its tensors are written; its own lengths are not touched,
+                nor are the encoder's keys and values that it may hold.
 
         Returns: logits [B, 1, V].
         """
@@ -394,7 +396,10 @@ class DecoderWithHead(DecoderPreTrainedModel):
             format=bound.table.code,
             dtype=bound.table.value_dtype,
         )
-        x = base._run_blocks(x, cache, slots, lengths, None, None, None, True, None, None, position_ids)
+        cross = None
+        if cache.cross is not None:
+            cross = CrossAttention(bound.cross, base._shape, cache.cross, slots, None, None, None, may_pad=False)
+        x = base._run_blocks(x, cache, slots, lengths, None, None, None, True, None, cross, position_ids)
         return normed_linear(x, base.final_norm(), self.lm_head)
 
     def _run(

@@ -12,6 +12,7 @@ N output features, K input features, V vocabulary, P positions.
 from alula.ops.arguments import ACTIVATIONS
 from alula.ops.attention import attention
 from alula.ops.block_sparse_attention import block_sparse_attention, block_sparse_probabilities
+from alula.ops.choose_token import RowState, choose_token
 from alula.ops.decoder_blocks import DecoderBlocks
 from alula.ops.embedding import embedding
 from alula.ops.layer_norm import layer_norm
@@ -26,9 +27,11 @@ __all__ = [
     "ACTIVATIONS",
     "DecoderBlocks",
     "PackedWeight",
+    "RowState",
     "attention",
     "block_sparse_attention",
     "block_sparse_probabilities",
+    "choose_token",
     "embedding",
     "layer_norm",
     "linear",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from alula.block_plan import BlockPlan
+    from alula.ops import RowState
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -275,6 +276,44 @@ def scaled_masked_softmax(
     if causal:
         visible = visible.tril(keys - tokens)
     return _softmax(scores.to(compute_dtype), mask, scale, visible).to(dtype or compute_dtype)
+
+
+def choose_token(
+    scores: Tensor,
+    state: RowState,
+    pad_id: Tensor,
+    eos_ids: Tensor | None = None,
+    *,
+    drawn: Tensor | None = None,
+    advances: bool = True,
+) -> RowState:
+    """The state after a token was chosen for each running row, as :func:`alula.ops.choose_token` leaves it."""
+    was_running = state.running
+    wrong = scores.isnan()
+    order = torch.where(wrong.any(1, keepdim=True), wrong.double(), scores.double())
+    first = (order == order.max(1, keepdim=True).values).to(torch.uint8).argmax(1)
+    largest = scores.float().gather(1, first.unsqueeze(1)).squeeze(1)
+    token = first if drawn is None else drawn
+    chosen = torch.where(was_running, token, pad_id)
+    out, report = state.out.clone(), state.report.clone()
+    out[:, int(state.step)] = chosen
+    report[0] = chosen
+    report[1] = torch.where(was_running & ~largest.isfinite(), largest, report[1])
+    runs = was_running
+    if eos_ids is not None:
+        runs = runs & (chosen.unsqueeze(1) != eos_ids).all(1)
+    lengths = state.lengths + (was_running if advances else False)
+    return state._replace(
+        tokens=(token * was_running).unsqueeze(1),
+        running=runs,
+        out=out,
+        step=state.step + 1,
+        report=report,
+        lengths=lengths,
+        positions=state.positions + (was_running.unsqueeze(1) if advances else False),
+        slots=torch.where(runs, lengths, -1).unsqueeze(1),
+        seen=lengths + runs.int(),
+    )
 
 
 def same_dtype(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
