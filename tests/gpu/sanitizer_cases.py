@@ -1,5 +1,10 @@
 """Each CUDA kernel once on a small shape, for compute-sanitizer: tests/gpu/prove.py runs this under it."""
 
+import os
+
+# Each tensor is an allocation of its own: in torch's blocks of 2 MiB nothing would be out of bounds.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
 import torch
 from alula import BlockPlan, ops
 
@@ -52,6 +57,20 @@ def main() -> None:
             ops.block_sparse_attention(
                 q, k, v, plan, lengths=lengths_of, mask=torch.rand(q.shape[:2], device="cuda") < 0.9
             )
+        state = ops.RowState(
+            tokens=torch.zeros(3, 1, dtype=torch.int64, device="cuda"),
+            running=torch.ones(3, dtype=torch.bool, device="cuda"),
+            out=torch.zeros(3, 4, dtype=torch.int64, device="cuda"),
+            step=torch.zeros(1, dtype=torch.int64, device="cuda"),
+            report=torch.zeros(2, 3, device="cuda"),
+            lengths=torch.zeros(3, dtype=torch.int32, device="cuda"),
+            positions=torch.zeros(3, 1, dtype=torch.int64, device="cuda"),
+            slots=torch.zeros(3, 1, dtype=torch.int32, device="cuda"),
+            seen=torch.zeros(3, dtype=torch.int32, device="cuda"),
+        )
+        pad = torch.zeros(1, dtype=torch.int64, device="cuda")
+        for size in (50, 20011):
+            ops.choose_token(rand(3, size), state, pad, pad, drawn=None if size > 50 else state.positions[:, 0])
     torch.cuda.synchronize()
     print("every kernel has run")
 

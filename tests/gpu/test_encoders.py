@@ -187,9 +187,13 @@ def test_a_left_padded_row_is_the_row_alone() -> None:
     assert worst(together.pooler_output[1:].cpu(), alone.pooler_output.cpu()) <= TOLERANCE
 
 
-def test_a_decoder_generates_as_on_the_cpu() -> None:
-    ours = alula_model(hf_model(2, "BigBirdForCausalLM", is_decoder=True))
+@pytest.mark.parametrize("fed", [False, True])
+def test_a_decoder_generates_as_on_the_cpu(fed: bool) -> None:
+    """By steps that are captured; with the states of an encoder, too."""
+    ours = alula_model(hf_model(2, "BigBirdForCausalLM", is_decoder=True, add_cross_attention=fed))
     ids = random_ids(ours, 2, 9)
-    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
-    expected = ours.generate(ids, **options)
-    assert torch.equal(ours.to("cuda").generate(ids.cuda(), **options).cpu(), expected)
+    given = {"encoder_hidden_states": torch.randn(2, 7, ours.config.hidden_size)} if fed else {}
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": [], "pad_token_id": 3}
+    expected = ours.generate(ids, **options, **given)
+    there = {name: value.cuda() for name, value in given.items()}
+    assert torch.equal(ours.to("cuda").generate(ids.cuda(), **options, **there).cpu(), expected)

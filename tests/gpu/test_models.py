@@ -151,6 +151,20 @@ def test_wrong_ids_are_named_once_the_gpu_has_come_to_them(cls: str) -> None:
         ours.generate(wrong, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("cls", LANGUAGE_MODELS)
+def test_positions_that_do_not_exist_are_named(cls: str) -> None:
+    ours = alula_model(hf_model(2, cls)).to("cuda")
+    limit = ours.config.max_position_embeddings
+
+    def calls() -> None:
+        ours(torch.tensor([[1, 2]]).cuda(), position_ids=torch.tensor([[0, limit]]).cuda())
+        torch.cuda.synchronize()
+        devices.raise_id_fault(ours.device)
+
+    with pytest.raises(ValueError, match=rf"position_ids.* holds {limit}; accepted: 0 to {limit - 1}"):
+        calls()
+
+
 def test_inputs_and_caches_elsewhere_are_refused() -> None:
     ours = alula_model(hf_model(2, "GPTBigCodeForCausalLM")).to("cuda")
     ids = random_ids(ours, 1, 5)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from alula import ops
+from alula import devices, ops
+from alula.ops import RowState
 from alula.testing import hostile, reference, shapes
 from alula.testing.compare import assert_close, assert_equal_bits
 from test_attention import Case, make, ragged
+from test_choose_token import CASES as CHOICES
+from test_choose_token import compare, scores_of, state_of
 from test_linear import everything, magnitude, operands
 from torch import Tensor
 
@@ -149,6 +152,30 @@ def test_repetition_does_not_change_bits(dtype: torch.dtype) -> None:
     first = ops.attention(*case)
     for _ in range(50):
         assert_equal_bits(ops.attention(*case).cpu(), first.cpu())
+
+
+# --- choosing tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, size", [*CHOICES, (1, 50257), (8, 49280), (300, 1000)])
+@pytest.mark.parametrize("eos", [None, [0, 3]])
+def test_choose_token(rows: int, size: int, eos: list[int] | None, dtype: torch.dtype) -> None:
+    pad, ends = torch.tensor([6]), None if eos is None else torch.tensor(eos)
+    for drawn in (None, torch.randint(0, size, (rows,))):
+        state, scores = state_of(rows, num_running=rows - rows // 3), scores_of(rows, size, dtype)
+        expected = reference.choose_token(scores, state, pad, ends, drawn=drawn)
+        there = RowState(*(tensor.cuda() for tensor in state))
+        ops.choose_token(scores.cuda(), there, pad.cuda(), on_gpu(ends), drawn=on_gpu(drawn))
+        compare(RowState(*(tensor.cpu() for tensor in there)), expected)
+
+
+def test_a_rotary_position_outside_the_table_is_named() -> None:
+    q, k, table = torch.randn(1, 3, 2, 16).cuda(), torch.randn(1, 3, 1, 16).cuda(), ops.rotary_table(10, 8).cuda()
+    turned, _ = ops.rotary(q, k, torch.tensor([[9, 10, 0]], dtype=torch.int32).cuda(), table)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=r"rotary_positions .* holds 10; accepted: 0 to 9"):
+        devices.raise_id_fault(q.device)
+    assert turned[0, 1, :, :8].isnan().all()
 
 
 # --- streams, graphs, errors -----------------------------------------------------------------------------------------
