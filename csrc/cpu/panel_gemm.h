@@ -70,6 +70,13 @@ void pack_rows_of(const PanelGemmArgs& args, int64_t first, int64_t last, void* 
   }
 }
 
+// Block `block` of K of the row block that begins at row `row` of `count` packed ones.
+template <typename W>
+ALULA_INLINE const float* block_of_a(const void* packed, int64_t row, int64_t count, int64_t k, int64_t block) {
+  const int64_t rows = count - row < kRows ? count - row : kRows;
+  return static_cast<const float*>(packed) + row * packed_row_size<W>(k) + block * rows * kRowStride<W>;
+}
+
 // Panels [first_panel, last_panel) for the rows of blocks [first_block, last_block), at most kMaxRowsAtOnce of them, as
 // pack_rows leaves them at `packed`. epilogue(row, panel, rows, c): rows of X from `row` on, their sums in c
 // [rows][32].
@@ -78,7 +85,6 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
                      int64_t first_block, int64_t last_block, const Epilogue& epilogue) {
   constexpr int kPair = Operand<W>::kStep;
   const int64_t steps = (args.k + kPair - 1) / kPair;
-  const int64_t row_size = packed_row_size<W>(args.k);
   const int64_t first_row = first_block * kRows;
   const int64_t last_row = last_block * kRows < args.m ? last_block * kRows : args.m;
   const int64_t count = last_row - first_row;
@@ -91,13 +97,15 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
       const int64_t block = steps - step < kBlockSteps<W> ? steps - step : kBlockSteps<W>;
       for (int64_t row = 0; row < count; row += kRows) {
         const int rows = static_cast<int>(count - row < kRows ? count - row : kRows);
-        const float* a =
-            static_cast<const float*>(packed) + row * row_size + step / kBlockSteps<W> * rows * kRowStride<W>;
+        const float* a = block_of_a<W>(packed, row, count, args.k, step / kBlockSteps<W>);
+        const float* next_a = row + kRows < count
+                                  ? block_of_a<W>(packed, row + kRows, count, args.k, step / kBlockSteps<W>)
+                                  : block_of_a<W>(packed, 0, count, args.k, step / kBlockSteps<W> + 1);
         // The first rows bring the panel's block from memory, the others find it in the cache.
         const auto multiply = row != 0         ? tile_for<W>(rows)
                               : count <= kRows ? tile_for<W, Stream::kOnce>(rows)
                                                : tile_for<W, Stream::kFirst>(rows);
-        multiply(a, b + step * kPair * kPanel, block, c + row * kPanel);
+        multiply(a, b + step * kPair * kPanel, block, c + row * kPanel, next_a);
       }
     }
     epilogue(first_row, panel, count, c);

@@ -261,7 +261,7 @@ void multiply_quantized_activations(const PanelGemmArgs& args, const uint8_t* pa
 
 void multiply_full_activations(const PanelGemmArgs& args, const float* packed, int64_t first_panel, int64_t last_panel,
                                int64_t first_block, int64_t last_block, PanelEpilogue epilogue) {
-  const int64_t bytes = panel_bytes(args.format, args.k), row_size = packed_row_size<float>(args.k);
+  const int64_t bytes = panel_bytes(args.format, args.k);
   const int64_t row_count = rows_in(args, first_block, last_block);
   alignas(64) float c[kMaxRowsAtOnce * kPanel];
   alignas(64) float widened[kFullBlock * kPanel];
@@ -273,8 +273,10 @@ void multiply_full_activations(const PanelGemmArgs& args, const float* packed, i
       widen_panel(args.format, weight, k, count, widened);
       for (int64_t row = 0; row < row_count; row += kRows) {
         const int rows = static_cast<int>(row_count - row < kRows ? row_count - row : kRows);
-        const float* a = packed + row * row_size + k / kFullBlock * rows * kRowStride<float>;
-        tile_for<float>(rows)(a, widened, count, c + row * kPanel);
+        const float* a = block_of_a<float>(packed, row, row_count, args.k, k / kFullBlock);
+        const float* next_a = block_of_a<float>(packed, row + rows < row_count ? row + rows : 0, row_count, args.k,
+                                                k / kFullBlock + (row + rows >= row_count));
+        tile_for<float>(rows)(a, widened, count, c + row * kPanel, next_a);
       }
     }
     epilogue.write(epilogue.context, first_block * kRows, panel, row_count, c);

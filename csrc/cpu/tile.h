@@ -128,10 +128,16 @@ enum class Stream { kCached, kFirst, kOnce };
 
 constexpr int kPrefetchAhead = 4096;  // bytes
 
-// `steps` (at most kBlockSteps) steps of a tile of exactly kTileRows rows.
+// `steps` (at most kBlockSteps) steps of a tile of exactly kTileRows rows. next_a: where the next tile's block of A
+// lies, as large as this one's, which is fetched meanwhile: twelve rows of a few lines each are too short for the
+// hardware to see a pattern in (504 rows, 5120 -> 1024, two threads, fp32: 87 -> 94 % of the FMA peak). Any address
+// will do.
 template <int kTileRows, typename W, Stream kStream>
-void tile(const float* a, const W* b, int64_t steps, float* c) {
+void tile(const float* a, const W* b, int64_t steps, float* c, const float* next_a) {
   constexpr int kPair = Operand<W>::kStep;  // elements of B per column and step
+  constexpr int kPasses = kPanel / kTileColumns;
+  constexpr int64_t kFetchStep = kTileRows * kRowStride<W> * int64_t{sizeof(float)} / (kBlockSteps<W> * kPasses);
+  const char* fetched = reinterpret_cast<const char*>(next_a);
   for (int first = 0; first < kPanel; first += kTileColumns) {
     Vec acc[kTileRows][kTileVecs];
 #pragma GCC unroll 16
@@ -146,6 +152,10 @@ void tile(const float* a, const W* b, int64_t steps, float* c) {
         for (size_t line = 0; line < sizeof(W) * kPanel * kPair; line += 64) {
           prefetch<kStream == Stream::kOnce>(reinterpret_cast<const char*>(pb) + kPrefetchAhead + line);
         }
+      }
+      if constexpr (kStream != Stream::kOnce) {
+        for (int64_t line = 0; line < kFetchStep; line += 64) prefetch(fetched + line);
+        fetched += kFetchStep;
       }
       multiply_step<kTileRows>(pa, pb, acc);
       pa += Operand<W>::kUnits;
@@ -163,7 +173,7 @@ void tile(const float* a, const W* b, int64_t steps, float* c) {
 }
 
 template <typename W>
-using TileFunction = void (*)(const float*, const W*, int64_t, float*);
+using TileFunction = void (*)(const float*, const W*, int64_t, float*, const float*);
 
 // The tile for 1 <= rows <= kRows.
 template <typename W, Stream kStream = Stream::kCached>
