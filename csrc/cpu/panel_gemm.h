@@ -88,6 +88,8 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
   const int64_t first_row = first_block * kRows;
   const int64_t last_row = last_block * kRows < args.m ? last_block * kRows : args.m;
   const int64_t count = last_row - first_row;
+  const int64_t tiles = last_block - first_block;
+  const int64_t fetch_step = (kPair * kPanel * static_cast<int64_t>(sizeof(W)) + tiles - 1) / tiles;
   alignas(64) float c[kMaxRowsAtOnce * kPanel];
 
   for (int64_t panel = first_panel; panel < last_panel; panel++) {
@@ -95,17 +97,19 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
     std::memset(c, 0, static_cast<size_t>(count) * kPanel * sizeof(float));
     for (int64_t step = 0; step < steps; step += kBlockSteps<W>) {
       const int64_t block = steps - step < kBlockSteps<W> ? steps - step : kBlockSteps<W>;
+      const char* next_b = reinterpret_cast<const char*>(b + (step + block) * kPair * kPanel);
       for (int64_t row = 0; row < count; row += kRows) {
         const int rows = static_cast<int>(count - row < kRows ? count - row : kRows);
         const float* a = block_of_a<W>(packed, row, count, args.k, step / kBlockSteps<W>);
-        const float* next_a = row + kRows < count
-                                  ? block_of_a<W>(packed, row + kRows, count, args.k, step / kBlockSteps<W>)
-                                  : block_of_a<W>(packed, 0, count, args.k, step / kBlockSteps<W> + 1);
+        const bool is_last = row + kRows >= count;
+        const TileFetch fetch = {
+            block_of_a<W>(packed, is_last ? 0 : row + kRows, count, args.k, step / kBlockSteps<W> + is_last),
+            next_b + row / kRows * block * fetch_step, fetch_step};
         // The first rows bring the panel's block from memory, the others find it in the cache.
         const auto multiply = row != 0         ? tile_for<W>(rows)
                               : count <= kRows ? tile_for<W, Stream::kOnce>(rows)
                                                : tile_for<W, Stream::kFirst>(rows);
-        multiply(a, b + step * kPair * kPanel, block, c + row * kPanel, next_a);
+        multiply(a, b + step * kPair * kPanel, block, c + row * kPanel, fetch);
       }
     }
     epilogue(first_row, panel, count, c);

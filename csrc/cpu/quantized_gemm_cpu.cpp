@@ -274,9 +274,10 @@ void multiply_full_activations(const PanelGemmArgs& args, const float* packed, i
       for (int64_t row = 0; row < row_count; row += kRows) {
         const int rows = static_cast<int>(row_count - row < kRows ? row_count - row : kRows);
         const float* a = block_of_a<float>(packed, row, row_count, args.k, k / kFullBlock);
-        const float* next_a = block_of_a<float>(packed, row + rows < row_count ? row + rows : 0, row_count, args.k,
-                                                k / kFullBlock + (row + rows >= row_count));
-        tile_for<float>(rows)(a, widened, count, c + row * kPanel, next_a);
+        const bool is_last = row + rows >= row_count;
+        const float* next_a =
+            block_of_a<float>(packed, is_last ? 0 : row + rows, row_count, args.k, k / kFullBlock + is_last);
+        tile_for<float>(rows)(a, widened, count, c + row * kPanel, {next_a, next_a, 0});
       }
     }
     epilogue.write(epilogue.context, first_block * kRows, panel, row_count, c);

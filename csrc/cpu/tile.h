@@ -128,16 +128,24 @@ enum class Stream { kCached, kFirst, kOnce };
 
 constexpr int kPrefetchAhead = 4096;  // bytes
 
-// `steps` (at most kBlockSteps) steps of a tile of exactly kTileRows rows. next_a: where the next tile's block of A
-// lies, as large as this one's, which is fetched meanwhile: twelve rows of a few lines each are too short for the
-// hardware to see a pattern in (504 rows, 5120 -> 1024, two threads, fp32: 87 -> 94 % of the FMA peak). Any address
-// will do.
+// What a tile fetches while it multiplies; any addresses will do. a: the next tile's block of A, as large as this
+// one's. b: some of the block of B that comes next, b_step bytes with every step.
+struct TileFetch {
+  const float* a;
+  const void* b;
+  int64_t b_step;
+};
+
+// `steps` (at most kBlockSteps) steps of a tile of exactly kTileRows rows. Rows of A are fetched because twelve of a
+// few lines each are too short for the hardware to see a pattern in (504 rows, 5120 -> 1024, two threads, fp32: 87 ->
+// 94 % of the FMA peak).
 template <int kTileRows, typename W, Stream kStream>
-void tile(const float* a, const W* b, int64_t steps, float* c, const float* next_a) {
+void tile(const float* a, const W* b, int64_t steps, float* c, TileFetch fetch) {
   constexpr int kPair = Operand<W>::kStep;  // elements of B per column and step
   constexpr int kPasses = kPanel / kTileColumns;
   constexpr int64_t kFetchStep = kTileRows * kRowStride<W> * int64_t{sizeof(float)} / (kBlockSteps<W> * kPasses);
-  const char* fetched = reinterpret_cast<const char*>(next_a);
+  const char* next_a = reinterpret_cast<const char*>(fetch.a);
+  const char* next_b = static_cast<const char*>(fetch.b);
   for (int first = 0; first < kPanel; first += kTileColumns) {
     Vec acc[kTileRows][kTileVecs];
 #pragma GCC unroll 16
@@ -154,8 +162,10 @@ void tile(const float* a, const W* b, int64_t steps, float* c, const float* next
         }
       }
       if constexpr (kStream != Stream::kOnce) {
-        for (int64_t line = 0; line < kFetchStep; line += 64) prefetch(fetched + line);
-        fetched += kFetchStep;
+        for (int64_t line = 0; line < kFetchStep; line += 64) prefetch(next_a + line);
+        prefetch_to_second_level(next_b);
+        next_a += kFetchStep;
+        next_b += fetch.b_step;
       }
       multiply_step<kTileRows>(pa, pb, acc);
       pa += Operand<W>::kUnits;
@@ -173,7 +183,7 @@ void tile(const float* a, const W* b, int64_t steps, float* c, const float* next
 }
 
 template <typename W>
-using TileFunction = void (*)(const float*, const W*, int64_t, float*, const float*);
+using TileFunction = void (*)(const float*, const W*, int64_t, float*, TileFetch);
 
 // The tile for 1 <= rows <= kRows.
 template <typename W, Stream kStream = Stream::kCached>
