@@ -15,6 +15,7 @@ from big_bird_cases import (
     alula_model,
     fresh,
     hf_model,
+    needs_causal_decoder,
     padding_mask,
     random_ids,
     random_values,
@@ -311,6 +312,7 @@ def test_own_plans() -> None:
 # --- a decoder -------------------------------------------------------------------------------------------------------
 
 
+@needs_causal_decoder
 @pytest.mark.parametrize("kind", ["none", "left", "right"])
 def test_decoder_like_transformers(kind: str) -> None:
     reference = hf_model(7, "BigBirdForCausalLM", is_decoder=True, attention_type="original_full")
@@ -335,6 +337,7 @@ def test_decoder_like_transformers(kind: str) -> None:
     assert cache.get_seq_length() == 41
 
 
+@needs_causal_decoder
 def test_decoder_generates() -> None:
     reference = hf_model(8, "BigBirdForCausalLM", is_decoder=True, attention_type="original_full", eos_token_id=None)
     model = alula_model(reference)

@@ -12,6 +12,8 @@ import pytest
 transformers = pytest.importorskip("transformers")
 import alula.integrations.transformers as at
 import torch
+from alula.integrations.transformers import big_bird as adapter
+from big_bird_cases import needs_causal_decoder
 from transformers_cases import IS_5, Pair, close, same_state, state_of
 
 CLASSES = (
@@ -183,6 +185,7 @@ def test_weights_and_dtype_are_followed() -> None:
     models.prove()
 
 
+@needs_causal_decoder
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}, {"use_cache": False}])
 def test_decoder_generates(mode: dict[str, Any]) -> None:
     models = pair("BigBirdForCausalLM", is_decoder=True, attention_type="original_full")
@@ -197,6 +200,17 @@ def test_decoder_generates(mode: dict[str, Any]) -> None:
         tokens.append(model.generate(ids, **{"do_sample": False, **arguments, **mode}))
     assert torch.equal(*tokens)
     models.prove()
+
+
+def test_a_decoder_without_a_causal_mask_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases that give decoders the mask of an encoder get what they mean, not what is right."""
+    monkeypatch.setattr(adapter, "_MASKS_DECODERS", False)
+    models = pair("BigBirdForCausalLM", is_decoder=True, attention_type="original_full")
+    ids, _ = inputs(9)
+    with pytest.warns(UserWarning, match="without a causal mask"):
+        fast = models.fast(ids).logits
+    close(fast, models.plain(ids).logits)
+    assert not models.report.fast_calls
 
 
 def test_sparse_decoder_runs_on_the_plain_blocks() -> None:

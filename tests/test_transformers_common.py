@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 import alula.integrations.transformers as at
 import torch
 from alula.integrations.transformers.cache import decoder_cache
+from big_bird_cases import needs_causal_decoder
 from decoder_cases import random_ids
 from test_transformers_big_bird import pair as big_bird_pair
 from transformers_cases import IS_5, LANGUAGE_MODELS, close, pair
@@ -24,7 +25,7 @@ from transformers_cases import IS_5, LANGUAGE_MODELS, close, pair
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 3}
 
 
-@pytest.fixture(params=(*LANGUAGE_MODELS, "BigBirdForCausalLM"))
+@pytest.fixture(params=(*LANGUAGE_MODELS, pytest.param("BigBirdForCausalLM", marks=needs_causal_decoder)))
 def model(request: pytest.FixtureRequest) -> Any:
     """A language model of each family; BigBird's as a decoder, which transformers runs with full attention only."""
     if request.param == "BigBirdForCausalLM":

@@ -11,6 +11,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 import alula.integrations.transformers as at
 import torch
+from alula.integrations.transformers import state
 from alula.integrations.transformers.cache import decoder_cache
 from decoder_cases import hf_model, padding_mask, random_ids
 from transformers_cases import IS_5, LANGUAGE_MODELS, close, left_padded, pair
@@ -97,6 +98,20 @@ def test_some_hidden_states(cls: str) -> None:
         for one, other in zip(ours, theirs, strict=True):
             if one is not None:
                 close(one, other)
+
+
+def test_hidden_states_of_other_meaning_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases in which the argument is a flag, or counts otherwise, get what they mean by it."""
+    monkeypatch.setattr(state, "_SELECTS_HIDDEN_STATES", False)
+    models = pair(1, "GPT2LMHeadModel", n_layer=3)
+    ids = random_ids(models.plain, 1, 5)
+    with pytest.warns(UserWarning, match="output_hidden_states that is no flag"):
+        ours = models.fast(ids, output_hidden_states=1).hidden_states
+    theirs = models.plain(ids, output_hidden_states=1).hidden_states
+    assert [given is None for given in theirs] == [given is None for given in ours]
+    assert not models.report.fast_calls
+    models.fast(ids, output_hidden_states=True)
+    assert models.report.fast_calls == 1
 
 
 @pytest.mark.parametrize("cls", LANGUAGE_MODELS)

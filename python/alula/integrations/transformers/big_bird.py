@@ -29,6 +29,7 @@ __all__ = ["BigBirdState"]
 
 logger = logging.get_logger("alula.integrations.transformers")
 _IS_5 = versions.number(versions.VERSION) >= (5, 0)
+_MASKS_DECODERS = versions.masks_big_bird_decoders()
 
 
 class BigBirdState(StackState):
@@ -63,6 +64,8 @@ class BigBirdState(StackState):
                 return "output_attentions of block-sparse attention"
             if tokens % module.block_size and wanted(module, given, "output_hidden_states"):
                 return "hidden states of an input that transformers pads to whole blocks"
+        if module.config.is_decoder and not _MASKS_DECODERS:
+            return f"a decoder, which transformers {versions.VERSION} runs without a causal mask"
         if cache is None:
             return None
         return self.why_not_cache(cache) if module.config.is_decoder else "past_key_values of an encoder"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from alula.integrations.transformers import versions
 from alula.integrations.transformers.cache import FixedLayer, GrowingLayer, adopt, decoder_cache
 from alula.integrations.transformers.families import Family
 from alula.integrations.transformers.packing import PackedStack
@@ -30,6 +31,7 @@ __all__ = [
     "wanted",
 ]
 
+_SELECTS_HIDDEN_STATES = versions.selects_hidden_states()
 _WITHOUT_EFFECT = {
     "encoder_attention_mask",  # means something beside encoder_hidden_states only
     "num_items_in_batch",
@@ -147,6 +149,9 @@ class StackState:
             return "attention_mask is of no kind that alula takes"
         if head_mask is not None and head_mask.dim() > 2:
             return "head_mask has more than two dimensions"
+        chosen = wanted(module, given, "output_hidden_states")
+        if chosen and not isinstance(chosen, bool) and _records(module) and not _SELECTS_HIDDEN_STATES:
+            return f"output_hidden_states that is no flag, in transformers {versions.VERSION}"
         if not tracing and self.hooked():
             return "a module inside the blocks has a forward hook"
         return self.why_plain(module, given)
@@ -218,9 +223,14 @@ def head_masks(head_mask: Tensor | None, layers: int) -> list[Tensor] | None:
     return list(head_mask) if head_mask.dim() == 2 else [head_mask] * layers
 
 
+def _records(module: nn.Module) -> bool:
+    """Whether hooks collect the outputs of this class: then hidden states can be chosen by index."""
+    return bool(getattr(type(module), "_can_record_outputs", None))
+
+
 def selected(module: nn.Module, hidden_states: tuple[Tensor, ...], chosen: Any) -> tuple[Tensor | None, ...]:
     """All hidden states, or, of a class that can, only those of the index or indices asked for, None for the others."""
-    if isinstance(chosen, bool) or not getattr(type(module), "_can_record_outputs", None):
+    if isinstance(chosen, bool) or not _records(module):
         return hidden_states
     count = len(hidden_states)
     keep = {index % count for index in ([chosen] if isinstance(chosen, int) else chosen) if -count <= index < count}

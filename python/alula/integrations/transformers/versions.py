@@ -12,7 +12,7 @@ import inspect
 
 import transformers
 
-__all__ = ["TESTED", "VERSION", "check", "parameters"]
+__all__ = ["TESTED", "VERSION", "check", "masks_big_bird_decoders", "parameters", "selects_hidden_states"]
 
 TESTED = ("4.57.6", "5.23.0")
 OLDEST = (4, 57)
@@ -78,6 +78,22 @@ def parameters(function: object) -> tuple[str, ...]:
 def number(version: str) -> tuple[int, ...]:
     """(major, minor) of a version string."""
     return tuple(int(part) for part in version.split(".")[:2])
+
+
+def masks_big_bird_decoders() -> bool:
+    """Whether a token of a BigBird decoder does not see later ones: 5.17 gives decoders the mask of an encoder."""
+    from transformers.models.big_bird import modeling_big_bird
+
+    return number(VERSION) < (5, 0) or hasattr(modeling_big_bird, "create_causal_mask")
+
+
+def selects_hidden_states() -> bool:
+    """Whether ``output_hidden_states`` may be indices, as 5.23 means them; elsewhere it is a flag."""
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:
+        return False
+    return hasattr(output_capturing, "selected_hidden_states")
 
 
 @functools.cache
