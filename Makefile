@@ -43,12 +43,12 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Mistakes that compilers do not see (.clang-tidy). Each kernel file is read once for each instruction set, which takes
-# long, so it is no part of lint.
+# Mistakes that compilers do not see (.clang-tidy), each an error. Each kernel file is read once for each instruction set,
+# which takes minutes, so it is no part of lint.
 tidy: build $(VENV)/.test
 	test -x $(BIN)/clang-tidy || $(PIP) clang-tidy==23.1.4
-	$(BIN)/clang-tidy -p $$(ls -td build/cp*/ | head -1) --quiet --extra-arg=-Wno-unknown-warning-option \
-	  $(filter csrc/%.cpp,$(CXX_FILES))
+	printf '%s\n' $(filter csrc/%.cpp,$(CXX_FILES)) | xargs -P $$(nproc) -n 1 $(BIN)/clang-tidy \
+	  -p $$(ls -td build/cp*/ | head -1) --quiet --extra-arg=-Wno-unknown-warning-option
 
 # The tests of the ops, on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (slow to build).
 # Leaks are not looked for: Python and torch keep what they have until they end.

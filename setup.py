@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,8 +22,10 @@ class CMakeBuild(build_ext):
     """One CMake build makes libalula.so (the ops) and _C (pybind11); both are put beside the package."""
 
     def build_extension(self, ext: Extension) -> None:
-        if shutil.which("cmake") is None:
-            sys.exit("alula needs CMake 3.25 or newer to build: pip install cmake ninja")
+        # CMake and Ninja of this Python first: the PATH of an environment that is not activated does not have them.
+        os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        if shutil.which("cmake") is None or shutil.which("ninja") is None:
+            sys.exit("alula needs CMake 3.25 or newer and Ninja to build: pip install cmake ninja")
         targets = [Path(self.get_ext_fullpath(ext.name)).resolve().parent]
         if self.editable_mode:  # the package is used from the checkout, so the compiled files belong there too
             targets.append(ROOT / "python" / "alula")

@@ -31,22 +31,21 @@ void set_state(QueryTile& query, float* memory) {
   query.sums = memory + 2 * vector_size(query.rows);
 }
 
+// Scratch memory of a thread, in floats: queries, limits, state, packed keys and values.
+constexpr int64_t kLimitsAt = (kMaxRows + kRows) * kQueryStride;
+constexpr int64_t kStateAt = kLimitsAt + vector_size(kMaxRows);
+int64_t packed_at(int64_t head_dim) { return kStateAt + partial_size(head_dim, kMaxRows); }
+
 struct Workspace {
   float* q;
   int32_t* limits;
   float* state;
   float* packed;
-  int64_t size;  // floats
 };
 
 Workspace workspace_at(const AttentionArgs& args, void* scratch) {
-  Workspace w;
-  w.q = static_cast<float*>(scratch);
-  w.limits = reinterpret_cast<int32_t*>(w.q + (kMaxRows + kRows) * kQueryStride);
-  w.state = reinterpret_cast<float*>(w.limits) + vector_size(kMaxRows);
-  w.packed = w.state + partial_size(args.head_dim, kMaxRows);
-  w.size = w.packed + round_to_line(packed_tile_size(args.head_dim)) - w.q;
-  return w;
+  auto* memory = static_cast<float*>(scratch);
+  return {memory, reinterpret_cast<int32_t*>(memory + kLimitsAt), memory + kStateAt, memory + packed_at(args.head_dim)};
 }
 
 // Row `row` of the tile is head `head` of token `token`.
@@ -217,7 +216,8 @@ void combine(const AttentionArgs& args, const AttentionTile& tile, const void* p
 }
 
 int64_t scratch_bytes(const AttentionArgs& args) {
-  return workspace_at(args, nullptr).size * static_cast<int64_t>(sizeof(float));
+  const int64_t floats = packed_at(args.head_dim) + round_to_line(packed_tile_size(args.head_dim));
+  return floats * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t partial_bytes(const AttentionArgs& args, int rows) {

@@ -51,7 +51,7 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
   ALULA_CHECK(position_ids.has_value() == position_table.has_value(),
               "position_ids and position_table go together; one of them is missing");
   OptionalTensor positions, table, types, type_table;
-  if (position_table) {
+  if (position_ids && position_table) {
     check_place(*position_table, "position_table", place);
     check_shape(*position_table, "position_table", {-1, embedding_dim}, "[positions, E]");
     check_dtype(*position_table, "position_table", scalar_type, "the packed table");

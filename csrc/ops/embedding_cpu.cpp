@@ -33,7 +33,7 @@ void embed_as(const EmbeddingArgs& args, int64_t first, int64_t last) {
   for (int64_t token = first; token < last; token++) {
     W* out = static_cast<W*>(args.out) + token * args.width;
     const W* position = nullptr;
-    if (args.position_ids) {
+    if (args.position_table) {
       position =
           static_cast<const W*>(args.position_table) + args.position_ids[token % args.position_period] * args.width;
     }

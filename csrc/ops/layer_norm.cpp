@@ -42,7 +42,7 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& b
       .dtype = dtype,
       .x = input.const_data_ptr(),
       .residual = data_or_null(r),
-      .weight = w->const_data_ptr(),
+      .weight = data_or_null(w),
       .bias = data_or_null(b),
       .out = out.mutable_data_ptr(),
       .width = width,
