@@ -162,7 +162,9 @@ __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_
   load_span(next, p, panel, first + warp, g, t);  // under way while the rows' moments are found
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (p.x.norm_weight != nullptr) find_moments<false, T>(p.x, moments);
+  if (p.x.norm_weight != nullptr) {
+    p.x.is_aligned ? find_moments<true, T>(p.x, moments) : find_moments<false, T>(p.x, moments);
+  }
   float mean[kTiles] = {}, inverse[kTiles] = {};
 #pragma unroll
   for (int n = 0; n < kTiles; n++) {
