@@ -12,6 +12,8 @@
 // The epilogue is called with two neighbouring features of one row, in fp32. Layer norm on the way in is that of
 // cuda/few_rows.cuh.
 //
+// Up to 8 rows of 16-bit types are held to 128 registers a thread, so that a multiprocessor has two blocks.
+//
 // Not measured yet: no GPU was at hand.
 #pragma once
 
@@ -228,7 +230,7 @@ __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_
 }
 
 template <typename T, typename C, int kTiles, typename Epilogue>
-__global__ void __launch_bounds__(FewRows::kThreads, 1)
+__global__ void __launch_bounds__(FewRows::kThreads, sizeof(T) == 2 && kTiles == 1 ? 2 : 1)
     quantized_few_rows_kernel(QuantizedParams p, Epilogue epilogue) {
   constexpr int kFeatures = C::kFeatures;
   const Shared<float> all_sums = dynamic_shared<float>();  // [warp][16 rows][32 features]
