@@ -55,7 +55,7 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
     check_place(*position_table, "position_table", place);
     check_shape(*position_table, "position_table", {-1, embedding_dim}, "[positions, E]");
     check_dtype(*position_table, "position_table", scalar_type, "the packed table");
-    table = as_contiguous(position_table);
+    table = as_contiguous(*position_table);
     positions = checked_ids(*position_ids, "position_ids", table->size(0), "the number of positions", place);
     // The same positions for every row of the batch, or one for each token.
     const bool one_row = ids.dim() >= 1 && positions->dim() >= 1 && positions->numel() == ids.size(ids.dim() - 1) &&
@@ -68,7 +68,7 @@ Tensor embedding(const Tensor& input_ids, const Tensor& packed, int64_t num_embe
     check_place(*token_type_table, "token_type_table", place);
     check_shape(*token_type_table, "token_type_table", {-1, embedding_dim}, "[token types, E]");
     check_dtype(*token_type_table, "token_type_table", scalar_type, "the packed table");
-    type_table = as_contiguous(token_type_table);
+    type_table = as_contiguous(*token_type_table);
   }
   if (token_type_ids) {
     types = checked_ids(*token_type_ids, "token_type_ids", type_table ? type_table->size(0) : num_embeddings,
