@@ -147,7 +147,8 @@ def linear_arguments() -> Change:
     ("norm_bias too long", lambda: {"norm_bias": zeros(40)}, ("norm_bias", r"\[40\]", r"\b8\b")),
     ("norm_bias alone", lambda: {"norm_weight": None}, ("norm_bias", "norm_weight")),
     ("norm_weight of another dtype", lambda: {"norm_weight": zeros(8).half()}, ("norm_weight", "(?i)half|float16")),
-    ("unknown activation", lambda: {"activation": "gelo"}, ("gelo", "gelu_new", "relu", "silu")),
+    ("unknown activation", lambda: {"activation": "gelo"}, ("gelo", "gelu_new", "relu", "silu", "sqrtsoftplus")),
+    ("activation with parameters", lambda: {"activation": "prelu"}, ("'prelu'", "parameters of their own", "mish")),
     ("residual of another shape", lambda: {"residual": zeros(2, 40)}, ("residual", r"\[2, 40\]", r"\b40\b")),
     ("residual to be broadcast", lambda: {"residual": zeros(1, 3, 40)}, ("residual", r"\[1, 3, 40\]")),
     ("residual of another dtype", lambda: {"residual": zeros(2, 3, 40).half()}, ("residual", "(?i)half|float16")),
@@ -176,7 +177,7 @@ def test_linear_width_that_packing_would_hide(width: int, dtype: torch.dtype) ->
         ops.linear(zeros(2, width, dtype=dtype), weight)
 
 
-@pytest.mark.parametrize("code", [-1, 6, 1000])
+@pytest.mark.parametrize("code", [-1, max(ops.ACTIVATIONS.values()) + 1, 1000])
 def test_linear_activation_code(code: int) -> None:
     x, packed = zeros(2, 8), ops.pack(zeros(4, 8)).data
     with pytest.raises(RuntimeError, match=f"activation.*{code}"):

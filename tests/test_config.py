@@ -153,7 +153,7 @@ def test_labels() -> None:
         ({"layer_norm_epsilon": 0}, r"layer_norm_epsilon=0"),
         ({"layer_norm_epsilon": float("nan")}, r"layer_norm_epsilon=nan"),
         ({"resid_pdrop": 1.5}, r"resid_pdrop=1.5 .* from 0 to 1"),
-        ({"activation_function": "quick_gelu"}, r"activation_function='quick_gelu' .* one of .*gelu_new.*relu.*silu"),
+        ({"activation_function": "gelo"}, r"activation_function='gelo' .* one of .*gelu_new.*relu.*silu"),
         ({"activation_function": None}, r"activation_function=None"),
         ({"eos_token_id": "</s>"}, r"eos_token_id='</s>'"),
         ({"eos_token_id": [1, 2.5]}, r"eos_token_id=\[1, 2.5\]"),

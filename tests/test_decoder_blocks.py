@@ -22,14 +22,17 @@ class Stack(NamedTuple):
     plain: list[Tensor]  # weights as a checkpoint has them
     weights: list[Any]  # packed
     table: Tensor | None  # rotary: parallel blocks
+    activation: str
 
     def bound(self) -> ops.DecoderBlocks:
         return ops.DecoderBlocks(
-            self.weights, is_parallel=self.table is not None, activation="gelu_pytorch_tanh", **self.dims
+            self.weights, is_parallel=self.table is not None, activation=self.activation, **self.dims
         )
 
 
-def make_stack(shape: tuple[int, int, int], dtype: torch.dtype, is_parallel: bool) -> Stack:
+def make_stack(
+    shape: tuple[int, int, int], dtype: torch.dtype, is_parallel: bool, activation: str = "gelu_pytorch_tanh"
+) -> Stack:
     heads, kv_heads, head_dim = shape
     qkv, attended = (heads + 2 * kv_heads) * head_dim, heads * head_dim
     sizes = [(E,), (E,)]
@@ -41,7 +44,8 @@ def make_stack(shape: tuple[int, int, int], dtype: torch.dtype, is_parallel: boo
     dims = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "mlp_width": F}
     scales = [head_dim**-0.5 / (layer + 1) for layer in range(LAYERS)]
     weights = [ops.pack(w) if w.dim() == 2 else w for w in plain]
-    return Stack({**dims, "scales": scales}, plain, weights, ops.rotary_table(SLOTS, 16) if is_parallel else None)
+    table = ops.rotary_table(SLOTS, 16) if is_parallel else None
+    return Stack({**dims, "scales": scales}, plain, weights, table, activation)
 
 
 class Inputs(NamedTuple):
@@ -82,7 +86,7 @@ def one_by_one(stack: Stack, inputs: Inputs, at: Any = ops, **options: Any) -> T
                 "rotary_table": stack.table,
                 "rotary_positions": positions.clamp(min=0),
                 "mlp": mlp,
-                "mlp_activation": "gelu_pytorch_tanh",
+                "mlp_activation": stack.activation,
             }
         q = at.qkv_projection(
             x, qkv_w, qkv_b, norm_weight=n1w, norm_bias=n1b, kv_cache=kv, positions=positions, **heads, **extra
@@ -93,7 +97,7 @@ def one_by_one(stack: Stack, inputs: Inputs, at: Any = ops, **options: Any) -> T
             continue
         n2w, n2b, fc_w, fc_b, proj_w, proj_b = rest
         x = at.linear(y, out_w, out_b, residual=x)
-        y = at.linear(x, fc_w, fc_b, norm_weight=n2w, norm_bias=n2b, activation="gelu_pytorch_tanh")
+        y = at.linear(x, fc_w, fc_b, norm_weight=n2w, norm_bias=n2b, activation=stack.activation)
         x = at.linear(y, proj_w, proj_b, residual=x)
     return x
 
@@ -142,9 +146,10 @@ def test_fewer_tokens_kept_are_the_same_bits(
             assert_equal_bits(kv, other)
 
 
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 @pytest.mark.parametrize("is_parallel", [False, True], ids=["sequential", "parallel"])
-def test_against_the_reference(is_parallel: bool) -> None:
-    stack = make_stack((4, 1, 24), torch.float32, is_parallel)
+def test_against_the_reference(is_parallel: bool, activation: str, isa: str) -> None:
+    stack = make_stack((4, 1, 24), torch.float32, is_parallel, activation)
     inputs, again = (copy.deepcopy(t) for t in [make_inputs(stack, (2, 3), torch.float32)] * 2)
     wide = again._replace(x=again.x.double(), kv_caches=[kv.double() for kv in again.kv_caches])
     plain = stack._replace(plain=[w.double() for w in stack.plain])

@@ -230,7 +230,7 @@ def test_configuration_defaults_are_those_of_transformers() -> None:
     [
         ({"n_embd": 100, "n_head": 3}, "not divisible by n_head=3"),
         ({"summary_type": "attn"}, "summary_type='attn' .* one of last, first, mean, cls_index"),
-        ({"summary_activation": "quick_gelu"}, "summary_activation='quick_gelu' .* null or one of"),
+        ({"summary_activation": "gelo"}, "summary_activation='gelo' .* null or one of gelu, .*sigmoid"),
         ({"summary_first_dropout": 2}, "summary_first_dropout=2 .* from 0 to 1"),
         ({"scale_attn_by_inverse_layer_idx": 1}, "scale_attn_by_inverse_layer_idx=1 .* true or false"),
         ({"model_type": "codegen"}, "GPT2Config reads model_type 'gpt2'"),

@@ -146,7 +146,7 @@ def test_rotary(head_dim: int, rotary_dim: int, kv_heads: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("features", [1, 7, 32, 45, 160])
-@pytest.mark.parametrize("activation", ["none", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("activation", ["none", "gelu_pytorch_tanh", "sigmoid"])
 @pytest.mark.parametrize("shape", [(4, 4, 16, 40), (3, 1, 8, 24)])
 def test_columns_of_the_parallel_block(
     features: int, activation: str, shape: tuple[int, int, int, int], dtype: torch.dtype, isa: str

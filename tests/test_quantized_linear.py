@@ -34,7 +34,12 @@ def check_budget(x: Tensor, packed: ops.PackedWeight, activation: str = "none", 
     if options.get("norm_weight") is not None:
         normed = reference.layer_norm(x, options["norm_weight"], options.get("norm_bias"), 1e-5)
     terms = normed.abs() @ weight.abs().T
-    allowed = (quantized.activation_budget(normed, packed) + 2e-6 * terms) * quantized.STEEPEST_SLOPE
+    linear = {name: value for name, value in options.items() if name != "residual"}
+    allowed = quantized.through_activation(
+        quantized.activation_budget(normed, packed) + 2e-6 * terms,
+        reference.linear(x, weight, **linear),
+        activation,
+    )
     rounding = expected.abs() * torch.finfo(x.dtype).eps + torch.finfo(x.dtype).smallest_normal
     assert actual.dtype == x.dtype
     error = (actual.double() - expected).abs()

@@ -129,6 +129,7 @@ def check_qkv(
     past: int = 2,
     rotary_dim: int = 0,
     mlp_width: int = 0,
+    mlp_activation: str = "gelu_pytorch_tanh",
     positions: Tensor | None = None,
 ) -> None:
     """Query, cache and mlp against the reference; what is not written keeps its bits."""
@@ -155,7 +156,7 @@ def check_qkv(
     extra: list[dict[str, Tensor]] = [{}, {}, {}]
     if mlp_width:
         mlp = torch.full((batch, tokens, mlp_width), torch.nan, dtype=dtype)
-        options["mlp_activation"] = "gelu_pytorch_tanh"
+        options["mlp_activation"] = mlp_activation
         extra = [{"mlp": mlp}, {"mlp": mlp.double()}, {"mlp": mlp.clone()}]
     expected_cache, torch_cache = before.double(), before.clone()
     expected = reference.qkv_projection(x, weight, kv_cache=expected_cache, **options, **extra[1])
@@ -223,3 +224,9 @@ def test_qkv_projection_of_padding_and_slots_beyond_the_cache(ops: Ops, tokens: 
     positions = torch.arange(tokens, dtype=torch.int32).repeat(2, 1)
     positions[0, 1], positions[1, 0] = -1, -7
     check_qkv(ops, 2, tokens, (3, 1, 16, 24), dtype, positions=positions)
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+def test_qkv_projection_with_any_activation(ops: Ops, activation: str, tokens: int) -> None:
+    check_qkv(ops, 2, tokens, (3, 1, 8, 24), torch.float32, mlp_width=33, mlp_activation=activation)

@@ -442,7 +442,7 @@ def test_refuses_checkpointing_wrappers_and_parallel() -> None:
     "change, match",
     [
         (lambda m: setattr(m.transformer.h[0], "forward", types.MethodType(lambda self, x: x, m)), "forward method of"),
-        (lambda m: setattr(m.transformer.h[0].mlp, "act", nn.ReLU6()), "h.0.mlp.act is a .*ReLU6"),
+        (lambda m: setattr(m.transformer.h[0].mlp, "act", nn.ReLU6()), "h.0.mlp.act is .*ReLU6"),
         (lambda m: setattr(m.transformer, "ln_f", nn.RMSNorm(m.config.n_embd)), "ln_f is a .*RMSNorm"),
         (lambda m: m.transformer.h[0].mlp.half(), "dtype torch.float16"),
         (lambda m: m.transformer.h[0].register_parameter("gate", nn.Parameter(torch.ones(1))), "does not know"),

@@ -1,11 +1,10 @@
-// The activations, by the code that alula.ops's ACTIVATIONS gives them.
+// The activations on the CPU: of a register where it is known at compile time, any one over values in memory.
 #pragma once
 
+#include "core/activation.h"
 #include "cpu/vec_math.h"
 
 namespace alula::ALULA_ISA {
-
-enum class Activation : int { kNone = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3, kSilu = 4, kTanh = 5 };
 
 template <Activation kActivation>
 ALULA_INLINE Vec activate(Vec x) {
@@ -22,31 +21,30 @@ ALULA_INLINE Vec activate(Vec x) {
       return silu(x);
     case Activation::kTanh:
       return tanh(x);
+    case Activation::kGelu10:
+      return min(broadcast(10.0f), gelu(x));  // gelu is above -10 anyway
+    case Activation::kHardswish:
+      return x * (relu6(x + broadcast(3.0f)) * broadcast(1.0f / 6.0f));
+    case Activation::kLaplace:
+      return laplace(x);
+    case Activation::kLeakyRelu:
+      return select_less(x, zero(), x * broadcast(0.01f), x);
+    case Activation::kMish:
+      return mish(x);
+    case Activation::kQuickGelu:
+      return x * sigmoid(broadcast(1.702f) * x);
+    case Activation::kRelu2:
+      return relu(x) * relu(x);
+    case Activation::kRelu6:
+      return relu6(x);
+    case Activation::kSigmoid:
+      return sigmoid(x);
+    case Activation::kSqrtSoftplus:
+      return sqrt_softplus(x);
   }
 }
 
-// The same for an activation known at run time, over `count` values in place.
-inline void activate(int activation, float* values, int64_t count) {
-  const auto each = [&](auto f) {
-    for (int64_t i = 0; i < count; i += Vec::kWidth) {
-      const int lanes = static_cast<int>(count - i < Vec::kWidth ? count - i : Vec::kWidth);
-      store(values + i, f(load(values + i, lanes)), lanes);
-    }
-  };
-  switch (static_cast<Activation>(activation)) {
-    case Activation::kNone:
-      return;
-    case Activation::kGeluTanh:
-      return each(activate<Activation::kGeluTanh>);
-    case Activation::kGelu:
-      return each(activate<Activation::kGelu>);
-    case Activation::kRelu:
-      return each(activate<Activation::kRelu>);
-    case Activation::kSilu:
-      return each(activate<Activation::kSilu>);
-    case Activation::kTanh:
-      return each(activate<Activation::kTanh>);
-  }
-}
+// The same, with the same bits, for one known at run time, over `count` values in place: activation_cpu.cpp.
+void activate(int activation, float* values, int64_t count);
 
 }  // namespace alula::ALULA_ISA

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/activation.h"
 #include "core/scratch.h"
 #include "core/tensor.h"
 #include "core/trace.h"
@@ -89,8 +90,8 @@ void run_panel_gemm(const char* op, const PanelGemmArgs& args, const PanelGemmKe
 }
 
 inline void check_activation(int64_t code) {
-  ALULA_CHECK(code >= 0 && code <= 5, "activation code ", code,
-              " is unknown; accepted: 0 to 5 (alula.ops.ACTIVATIONS)");
+  ALULA_CHECK(code >= 0 && code < kNumActivations, "activation code ", code, " is unknown; accepted: 0 to ",
+              kNumActivations - 1, " (alula.ops.ACTIVATIONS)");
 }
 
 // Checks a dense packed weight against N and K and returns its dtype.

@@ -97,6 +97,7 @@ ALULA_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, 
 ALULA_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 ALULA_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 ALULA_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+ALULA_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 ALULA_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 ALULA_INLINE Vec copysign(Vec magnitude, Vec sign) {
   const __m512 bit = _mm512_set1_ps(-0.0f);

@@ -82,6 +82,9 @@ ALULA_INLINE Vec abs(Vec a) {
   const IntLanes magnitude = {0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff};
   return {(Lanes)((IntLanes)a.v & magnitude)};
 }
+ALULA_INLINE Vec sqrt(Vec a) {
+  return {Lanes{std::sqrt(a.v[0]), std::sqrt(a.v[1]), std::sqrt(a.v[2]), std::sqrt(a.v[3])}};
+}
 // For |a| < 2^22: the sum has no bits left for a fraction.
 ALULA_INLINE Vec round(Vec a) { return {(a.v + 0x1.8p23f) - 0x1.8p23f}; }
 ALULA_INLINE Vec copysign(Vec magnitude, Vec sign) {

@@ -10,7 +10,7 @@ namespace alula {
 
 struct LinearArgs {
   PanelGemmArgs gemm;
-  int activation;        // cpu/vec_math.h, Activation
+  int activation;        // core/activation.h
   const void* residual;  // [M, N], may be null
   void* out;             // [M, N]
 };

@@ -26,7 +26,7 @@ struct QkvProjectionArgs {
   int64_t rotary_dim;
   void* mlp;  // [B, T, F] with mlp_stride elements from a token to the next; null where F is 0
   int64_t mlp_stride;
-  int mlp_activation;  // cpu/vec_math.h, Activation
+  int mlp_activation;  // core/activation.h
 };
 
 struct QkvProjectionKernels {

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from alula.ops import ACTIVATIONS
+from alula.activations import ACCEPTED, ACTIVATIONS
 
 __all__ = ["PretrainedConfig", "parse_dtype", "read_json"]
 
@@ -80,11 +80,11 @@ _KINDS = {
     "scale": (lambda v: _is_number(v) and v >= 0, "a number that is not negative"),
     "activation": (
         lambda v: isinstance(v, str) and v in ACTIVATIONS,
-        "one of " + ", ".join(name for name in ACTIVATIONS if name != "none"),
+        f"one of {ACCEPTED}",
     ),
     "activation?": (
         lambda v: v is None or (isinstance(v, str) and v in ACTIVATIONS),
-        "null or one of " + ", ".join(name for name in ACTIVATIONS if name != "none"),
+        f"null or one of {ACCEPTED}",
     ),
     "attention": (lambda v: v in ATTENTION_TYPES, "one of " + ", ".join(ATTENTION_TYPES)),
     "summary": (lambda v: v in SUMMARY_TYPES, "one of " + ", ".join(SUMMARY_TYPES)),

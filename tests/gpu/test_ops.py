@@ -91,6 +91,13 @@ def test_linear(shape: shapes.Linear, dtype: torch.dtype) -> None:
         check_linear(x, weight, activation="gelu_pytorch_tanh", **everything(x, weight))
 
 
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+def test_activations(activation: str, dtype: torch.dtype) -> None:
+    for rows in (2, 40):
+        x, weight = operands(rows, 77, 40, dtype)
+        check_linear(x, weight, bias=torch.randn(77).to(dtype), activation=activation)
+
+
 @pytest.mark.parametrize("shape", [*shapes.QKV, *shapes.QKV_REAL[:3]], ids=str)
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (8, 1), (2, 40)])
 def test_qkv_projection(shape: tuple[int, int, int, int], batch: int, tokens: int, dtype: torch.dtype) -> None:

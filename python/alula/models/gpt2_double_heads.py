@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from alula.activations import activate
 from alula.cache import KVCache
 from alula.config import GPT2Config
 from alula.generation import GenerationMixin
@@ -17,13 +16,9 @@ from alula.models.gpt2 import GPT2Model, GPT2PreTrainedModel
 from alula.models.heads import LMHead, causal_lm_loss, choice_loss, normed_linear, select_positions
 from alula.models.inputs import require_tensors, whole_or_nothing
 from alula.models.layers import Linear, Module
-from alula.ops import ACTIVATIONS
 from alula.outputs import GPT2DoubleHeadsModelOutput
 
 __all__ = ["GPT2DoubleHeadsModel"]
-
-# By the codes of alula.ops.ACTIVATIONS; one vector a sequence needs no kernel.
-_ACTIVATIONS = (torch.clone, partial(F.gelu, approximate="tanh"), F.gelu, F.relu, F.silu, torch.tanh)
 
 
 class GPT2SequenceSummary(Module):
@@ -33,7 +28,7 @@ class GPT2SequenceSummary(Module):
         super().__init__()
         self.kind = config.summary_type
         # transformers documents "tanh" as the only activation and applies whichever is named: so do we.
-        self.activation = _ACTIVATIONS[ACTIVATIONS[config.summary_activation or "none"]]
+        self.activation = config.summary_activation or "none"
         self.summary: Linear | None = None
         if config.summary_use_proj:
             to_labels = config.summary_proj_to_labels and config.num_labels > 0
@@ -57,7 +52,7 @@ class GPT2SequenceSummary(Module):
             pooled = torch.take_along_dim(hidden, token_ids[..., None, None], dim=-2).squeeze(-2)
         if self.summary is not None:
             pooled = self.summary(pooled)
-        return self.activation(pooled.float()).to(hidden.dtype)
+        return activate(pooled.float(), self.activation).to(hidden.dtype)
 
 
 class GPT2DoubleHeadsModel(GenerationMixin, DecoderWithHead, GPT2PreTrainedModel):

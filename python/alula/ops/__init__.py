@@ -9,7 +9,7 @@ Alphabet: B batch, T query tokens, S key tokens, H query heads, G key/value head
 N output features, K input features, V vocabulary, P positions.
 """
 
-from alula.ops.arguments import ACTIVATIONS
+from alula.activations import ACTIVATIONS
 from alula.ops.attention import attention
 from alula.ops.block_sparse_attention import block_sparse_attention, block_sparse_probabilities
 from alula.ops.choose_token import RowState, choose_token

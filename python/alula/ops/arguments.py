@@ -1,36 +1,10 @@
-"""What the ops' functions share: names of activations, and checks that need Python's view of the arguments."""
+"""What the ops' functions share: checks that need Python's view of the arguments."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from alula.packed_weight import PackedWeight
-
-# Hugging Face's activation names and the code the kernels know them by (csrc/cpu/activation.h).
-# gelu_new, gelu_fast, gelu_accurate and those with tanh in their names are the same function up to rounding.
-ACTIVATIONS: dict[str, int] = {
-    "none": 0,
-    "linear": 0,
-    "gelu_pytorch_tanh": 1,
-    "gelu_new": 1,
-    "gelu_fast": 1,
-    "gelu_tanh": 1,
-    "gelu_python_tanh": 1,
-    "gelu_accurate": 1,
-    "gelu": 2,
-    "gelu_python": 2,
-    "relu": 3,
-    "silu": 4,
-    "swish": 4,
-    "tanh": 5,
-}
-
-
-def activation_code(activation: str) -> int:
-    try:
-        return ACTIVATIONS[activation]
-    except KeyError:
-        raise ValueError(f"unknown activation {activation!r}; accepted: {', '.join(ACTIVATIONS)}") from None
 
 
 def refuse_width(x: Tensor, weight: PackedWeight) -> None:

@@ -13,7 +13,8 @@ from alula import (
     _C,
     _library,  # noqa: F401  (loads the op library)
 )
-from alula.ops.arguments import activation_code, same_device
+from alula.activations import activation_code
+from alula.ops.arguments import same_device
 from alula.packed_weight import PackedWeight, refuse_grad
 
 

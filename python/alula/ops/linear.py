@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from alula import _library  # noqa: F401  (loads the op library)
-from alula.ops.arguments import activation_code, refuse_width, same_device
+from alula.activations import activation_code
+from alula.ops.arguments import refuse_width, same_device
 from alula.packed_weight import PackedWeight, refuse_grad
 
 

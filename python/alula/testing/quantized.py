@@ -14,7 +14,8 @@ nf4 rounds its table too, to steps of 1/127 of a group's scale a_g, which adds a
 
     sum_k |w^_k - w_k| |x^_k| <= sum_g a_g / 254 * sum_{k in g} |x^_k|.                                        (2)
 
-An activation function multiplies both by its steepest slope (gelu: 1.129). :func:`activation_budget` is (1) + (2).
+:func:`activation_budget` is (1) + (2). An activation function multiplies it by its steepest slope, relu2, which has
+none, by the sum of both values: :func:`through_activation`.
 A block with NaN or infinity in it makes its whole row NaN.
 
 N output features, K input features, g group size.
@@ -34,7 +35,18 @@ NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-STEEPEST_SLOPE = 1.13  # of any activation function of alula.ops.ACTIVATIONS
+# Bounds of the steepest slope of the functions of alula.activations, 1 where none is given. hardswish: (2 y + 3) / 6 at
+# y = 3; laplace: 1 / (0.282095 sqrt(2 pi)) in the middle; those like gelu are steepest between 1 and 2.
+STEEPEST_SLOPES = {
+    "gelu": 1.13,
+    "gelu_10": 1.13,
+    "gelu_pytorch_tanh": 1.13,
+    "silu": 1.1,
+    "quick_gelu": 1.1,
+    "mish": 1.09,
+    "hardswish": 1.5,
+    "laplace": 1.4143,
+}
 
 
 def block_size(packed: PackedWeight) -> int:
@@ -169,3 +181,11 @@ def activation_budget(x: Tensor, packed: PackedWeight) -> Tensor:
         scale = codes_and_scales(packed)[1][: packed.out_features, :k]
         budget = budget + (x.double().abs() + half_step) @ (scale / 254).T
     return budget
+
+
+def through_activation(budget: Tensor, y: Tensor, activation: str) -> Tensor:
+    """The largest error of activation(y), a name of :data:`alula.activations.FORMULAS`, where y may be wrong by
+    ``budget``; all of one shape. relu2 is as steep as y is large: |a^2 - b^2| = |a - b| (a + b) for a, b >= 0."""
+    if activation == "relu2":
+        return budget * (2 * y.relu() + budget)
+    return budget * STEEPEST_SLOPES.get(activation, 1.0)

@@ -17,18 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alula.activations import FORMULAS
+
 if TYPE_CHECKING:
     from alula.block_plan import BlockPlan
     from alula.ops import RowState
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "gelu_pytorch_tanh": lambda y: F.gelu(y, approximate="tanh"),  # y/2 * (1 + tanh(sqrt(2/pi) * (y + 0.044715 y^3)))
-    "gelu": F.gelu,  # y/2 * (1 + erf(y / sqrt(2)))
-    "relu": F.relu,
-    "silu": F.silu,  # y / (1 + exp(-y))
-    "tanh": torch.tanh,
-}
+ACTIVATIONS = FORMULAS
 
 
 def embedding(

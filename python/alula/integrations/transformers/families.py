@@ -179,7 +179,7 @@ def _inspect_block(where: str, index: int, block: nn.Module, family: Family, act
     for layer in (getattr(attention, "layer_idx" if family.is_decoder else "seed", None) for attention in attentions):
         if layer != index:
             raise NotReplaceable(f"{where} says layer_idx={layer}; blocks must be in the order of their caches")
-    act = type(ACT2FN[activation]) if isinstance(activation, str) else None
+    act = ACT2FN[activation] if isinstance(activation, str) else None
     for name, inner in block.named_modules():
         path = f"{where}.{name}"
         if not name or isinstance(inner, nn.Dropout):
@@ -187,8 +187,10 @@ def _inspect_block(where: str, index: int, block: nn.Module, family: Family, act
         if isinstance(inner, family.parts):
             _own_forward(inner, next(part for part in family.parts if isinstance(inner, part)), path)
         elif name.endswith(f".{family.act[1]}"):
-            if type(inner) is not act:
-                raise NotReplaceable(f"{path} is a {_class(inner)}, the configuration says {activation}")
+            if type(inner) is not type(act) or _numbers(inner) != _numbers(act):
+                raise NotReplaceable(
+                    f"{path} is {_class(inner)} {_numbers(inner)}, the configuration says {activation}"
+                )
         elif type(inner) not in (family.dense, nn.LayerNorm):
             raise NotReplaceable(
                 f"{path} is a {_class(inner)}; accepted: {family.dense.__name__} and LayerNorm as transformers makes "
@@ -215,6 +217,11 @@ def _plain_parameter(where: str, parameter: torch.Tensor, dtype: torch.dtype, is
         )
     if parameter.device.type != "cpu" and not is_released:
         raise NotReplaceable(f"{where} is on {parameter.device}; accepted: cpu")
+
+
+def _numbers(activation: nn.Module) -> dict[str, float]:
+    """What an activation was made with: a slope, a range."""
+    return {name: value for name, value in vars(activation).items() if type(value) in (int, float)}
 
 
 def _class(module: nn.Module) -> str:
