@@ -15,7 +15,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 import alula.integrations.transformers as at
 import torch
-from alula.integrations.transformers import last_tokens
+from alula.integrations.transformers import last_tokens, versions
 from decoder_cases import hf_model, random_ids
 from torch import Tensor, nn
 from transformers_cases import IS_5, LANGUAGE_MODELS, Pair, close, left_padded, pair, same_state, state_of
@@ -167,7 +167,7 @@ def test_generate(models: Pair, how: dict[str, Any]) -> None:
 # --- nobody else can tell -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", [True, 1, [-1]] if IS_5 else [True], ids=str)
+@pytest.mark.parametrize("chosen", [True, 1, [-1]] if versions.selects_hidden_states() else [True], ids=str)
 def test_hidden_states_are_those_of_all_tokens(models: Pair, chosen: Any) -> None:
     ids = random_ids(models.plain, 2, TOKENS)
     ours, theirs = (model(ids, logits_to_keep=2, output_hidden_states=chosen) for model in (models.fast, models.plain))
@@ -414,7 +414,12 @@ def test_copies_and_pickles(models: Pair, tmp_path: Any) -> None:
     assert twin.forward.__self__ is twin
     close(twin(ids, logits_to_keep=2).logits, expected)
     assert (twin.transformer._alula.shortened, shortened(models)) == (1, 0)
-    torch.save(models.fast, tmp_path / "model.pt")
+    try:
+        torch.save(models.fast, tmp_path / "model.pt")
+    except AttributeError as error:  # 5.17 leaves hooks on a model that no pickle holds
+        with pytest.raises(AttributeError):
+            torch.save(models.plain, tmp_path / "model.pt")
+        pytest.skip(f"the plain model has no pickle either: {error}")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     close(again(ids, logits_to_keep=2).logits, expected)
     at.accelerate(again)
