@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import alula
-import alula.models.quantizing as quantizing
 import pytest
 import torch
 from alula.calibration import calibration_ids
 from alula.cli import main
-from alula.models.quantizing import matrices
+from alula.models import matrix
+from alula.models.matrix import matrices
 from alula.testing import quantized
 from decoder_cases import LANGUAGE_MODELS
 from quantized_cases import FORMATS
@@ -38,7 +38,7 @@ class Recorded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[Tensor, Tensor, Any]] = []
-        pack = quantizing.pack_calibrated
+        pack = matrix.pack_calibrated
 
         def record(value: Tensor, format: str, group_size: int, activations: str, h: Tensor) -> Any:
             before = h.clone()
@@ -46,7 +46,7 @@ class Recorded:
             self.calls.append((value.clone(), before, packed))
             return packed
 
-        monkeypatch.setattr(quantizing, "pack_calibrated", record)
+        monkeypatch.setattr(matrix, "pack_calibrated", record)
 
 
 def product_error(value: Tensor, h: Tensor, packed: Any) -> float:
@@ -312,7 +312,7 @@ def test_ctrl_c_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tokenizers")
-    pack, calls = quantizing.pack_calibrated, []
+    pack, calls = matrix.pack_calibrated, []
 
     def interrupt(*arguments: Any) -> Any:
         calls.append(1)
@@ -320,7 +320,7 @@ def test_ctrl_c_leaves_nothing(
             raise KeyboardInterrupt
         return pack(*arguments)
 
-    monkeypatch.setattr(quantizing, "pack_calibrated", interrupt)
+    monkeypatch.setattr(matrix, "pack_calibrated", interrupt)
     text = alula.cli.__file__
     assert main([*QUANTIZE, str(tmp_path / "out"), "--format", "int4", "--calibration", text]) == 130
     assert "stopped by Ctrl-C" in capsys.readouterr().err

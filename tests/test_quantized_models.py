@@ -17,7 +17,7 @@ import decoder_cases
 import pytest
 import torch
 from alula.models.layers import _OnDevice
-from alula.models.quantizing import matrices
+from alula.models.matrix import matrices
 from alula.testing.quantized import dequantize
 from decoder_cases import LANGUAGE_MODELS, alula_model, hf_model, random_ids, worst
 from quantized_cases import FORMATS

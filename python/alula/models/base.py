@@ -18,7 +18,8 @@ from alula.config import PretrainedConfig, parse_dtype
 from alula.devices import checked_device
 from alula.models.heads import LMHead
 from alula.models.layers import DENSE, Embedding, Linear, Module
-from alula.models.quantizing import Quantizable, StoredMatrices, refuse_rounded_activations, stored_quantization
+from alula.models.quantizing import Quantizable, refuse_rounded_activations
+from alula.models.stored_matrices import StoredMatrices, stored_quantization
 from alula.quantization import QuantizationConfig
 from alula.weights import Checkpoint, StateDictSource, TensorSource, check_dtype, load_weights, save_weights
 

@@ -9,7 +9,7 @@ B batch (1), T tokens of a row, E model width, F MLP width, H query heads, D hea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from torch import Tensor
 from alula.gptq import SecondMoment
 from alula.models.blocks import BlockShape, attention_op, embedding_op, product, qkv_op
 from alula.models.layers import WeightModule
+from alula.models.matrix import Matrix
 from alula.ops import PackedWeight
-
-if TYPE_CHECKING:
-    from alula.models.quantizing import Matrix
 
 __all__ = ["calibrate", "check_calibration", "rows_of"]
 

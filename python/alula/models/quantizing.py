@@ -1,291 +1,23 @@
-"""Quantized models: which matrices become what, written while loading or later, saved packed and mapped back.
-
-A matrix is what the kernels read as one: that of one layer, or several side by side (CodeGen's and BigBird's blocks
-merge theirs), which are quantized together. On disk it is one tensor of bytes, exactly as in memory, under the names of
-its layers' weights joined by "+" and the format: ``transformer.h.0.attn.c_proj.weight.int4_64``.
-"""
+"""What a model offers to have its matrices quantized, and which of them become what."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alula.gptq import SecondMoment, pack_calibrated
 from alula.models.calibrating import calibrate, check_calibration, rows_of
-from alula.models.layers import DENSE, VERSION, PackedPart, WeightFormat, WeightModule, share_merged
-from alula.packed_weight import PackedWeight, format_code, panel_bytes
-from alula.quantization import (
-    QUANTIZED_FORMATS,
-    QuantizationConfig,
-    QuantizationReport,
-    QuantizationRow,
-    check_activations,
-)
-from alula.weights import Checkpoint
+from alula.models.layers import DENSE, WeightFormat, WeightModule
+from alula.models.matrix import Matrix, WeightWriter, matrices
+from alula.models.stored_matrices import ERRORS, PackedSlot
+from alula.quantization import QuantizationConfig, QuantizationReport, QuantizationRow, check_activations
 
-__all__ = ["Quantizable", "StoredMatrices", "WeightWriter", "stored_quantization"]
+__all__ = ["Quantizable", "refuse_rounded_activations"]
 
 LEAST_ROWS = 32  # a matrix with fewer output rows than a panel has stays as it is
-ERROR_ELEMENTS = 1 << 18  # dequantized at once where an error is measured
-_PACKED_NAME = re.compile(rf"(.+)\.((?:{'|'.join(QUANTIZED_FORMATS)})(?:_\d+)?)")
-_ERRORS = "alula.relative_errors"  # in the metadata of a safetensors file
-
-
-class Matrix(NamedTuple):
-    """A matrix as it is stored. ``names``: of its layers' weights; ``dim``: 0, they lie below, 1, beside each other."""
-
-    names: tuple[str, ...]
-    layers: tuple[WeightModule, ...]
-    dim: int
-
-    @property
-    def name(self) -> str:
-        return "+".join(self.names)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[N, K]."""
-        sizes = [_rows_and_columns(layer) for layer in self.layers]
-        total = sum(size[self.dim] for size in sizes)
-        return (total, sizes[0][1]) if self.dim == 0 else (sizes[0][0], total)
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.layers[0].format != DENSE
-
-    def stored(self) -> PackedWeight:
-        """Of a quantized matrix."""
-        weight = self.layers[0].stored("weight")
-        return weight.merged if isinstance(weight, PackedPart) else weight
-
-    def store(self, packed: PackedWeight, error: float | None) -> None:
-        if len(self.layers) == 1:
-            self.layers[0].store("weight", packed)
-        else:
-            share_merged(packed, self.dim, self.layers)
-            VERSION.count += 1
-        for layer in self.layers:
-            layer.error = error
-
-    def write(self, values: Sequence[Tensor], dtype: torch.dtype, inputs: SecondMoment | None = None) -> None:
-        """Packs the layers' weights, given as checkpoints have them, for ``inputs`` where they are known; what is read
-        out of it has ``dtype``."""
-        with torch.inference_mode(False), torch.no_grad():
-            parts = [layer._from_checkpoint(v.detach()) for layer, v in zip(self.layers, values, strict=True)]
-            value = parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
-            try:
-                if inputs is None:
-                    packed = self.layers[0].format.pack(value)
-                else:
-                    packed = pack_calibrated(value, *self.layers[0].format, inputs.whole())
-                packed = packed._replace(value_dtype=dtype)
-            except (RuntimeError, ValueError) as error:
-                raise ValueError(f"{self.name} cannot be quantized: {error}") from None
-            self.store(packed, relative_error(value, packed))
-        del parts, value
-        give_back_free_memory()
-
-
-def give_back_free_memory() -> None:
-    """Hands what was freed between two packed matrices back to the system, which the C library of Linux would keep."""
-    if _trim is not None:
-        _trim(0)
-
-
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-
-
-def _rows_and_columns(layer: WeightModule) -> tuple[int, int]:
-    if hasattr(layer, "out_features"):
-        return layer.out_features, layer.in_features
-    return layer.num_embeddings, layer.embedding_dim
-
-
-def relative_error(value: Tensor, packed: PackedWeight) -> float:
-    """||dequantized - value|| / ||value|| in the Frobenius norm; a part at a time, so that it takes little memory."""
-    off = total = 0.0
-    panels = max(1, ERROR_ELEMENTS // (32 * packed.in_features))
-    for first in range(0, packed.out_features, 32 * panels):
-        rows = value[first : first + 32 * panels].float()
-        part = packed.data[first // 32 : first // 32 + panels]
-        found = PackedWeight(part, len(rows), packed.in_features, packed.code, torch.float32).unpack()
-        total += float(rows.square().sum())
-        off += float(found.sub_(rows).square_().sum())
-    return (off / total) ** 0.5 if total else 0.0
-
-
-def matrices(model: Any) -> list[Matrix]:
-    """Every matrix of a model, in the order of its weights; a tied output projection is the table it is tied to."""
-    names = {id(slot.module): name for name, slot in model.weight_slots().items() if slot.name == "weight"}
-    groups = {}
-    for module in model.modules():
-        if hasattr(module, "merged_layers"):
-            for dim, layers in module.merged_layers():
-                group = Matrix(tuple(names[id(layer)] for layer in layers), tuple(layers), dim)
-                groups.update(dict.fromkeys(group.names, group))
-    found = {}
-    for name, slot in model.weight_slots().items():
-        if slot.name in slot.module._packed_names:
-            matrix = groups.get(name) or Matrix((name,), (slot.module,), 0)
-            found.setdefault(matrix.name, matrix)
-    return list(found.values())
-
-
-class WeightWriter:
-    """Writes tensors of a checkpoint into a model: those that are quantized as one together."""
-
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._slots = model.weight_slots()
-        self._dtype = dtype
-        self._quantized = {name: m for m in matrices(model) if m.is_quantized for name in m.names}
-
-    def together(self, names: Iterable[str]) -> list[list[str]]:
-        """The names in their order, those of one matrix at the place of its first."""
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            matrix = self._quantized.get(name)
-            groups.setdefault(name if matrix is None else matrix.name, []).append(name)
-        return list(groups.values())
-
-    def write(self, values: Mapping[str, Tensor]) -> None:
-        """Takes what one of :meth:`together` names; parts of a matrix that are not given stay what they are."""
-        first = next(iter(values))
-        matrix = self._quantized.get(first)
-        if matrix is None:
-            self._slots[first].write(values[first].to(self._dtype))
-        else:
-            given = [values[n] if n in values else self._slots[n].read() for n in matrix.names]
-            matrix.write(given, self._dtype)
-
-
-# --- folders -------------------------------------------------------------------------------------------------------
-
-
-def stored_quantization(config: Any, checkpoint: Checkpoint) -> QuantizationConfig | None:
-    """What a folder holds. ValueError for another library's format, and for packed tensors that config.json is silent
-    about."""
-    values = getattr(config, "quantization_config", None)
-    if values is not None:
-        return QuantizationConfig.from_dict(values, checkpoint.path)
-    for name in checkpoint.names():
-        if checkpoint.info(name).dtype == torch.uint8 and _PACKED_NAME.fullmatch(name):
-            raise ValueError(
-                f"{checkpoint.path} holds packed tensors ({name}), but its config.json has no quantization_config; "
-                "write the folder again with `alula quantize`"
-            )
-    return None
-
-
-class PackedSlot(NamedTuple):
-    """A quantized matrix as :func:`alula.weights.save_weights` takes it."""
-
-    matrix: Matrix
-    dtype: torch.dtype = torch.uint8
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.matrix.stored().data.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.matrix.stored().nbytes
-
-    def read(self) -> Tensor:
-        return self.matrix.stored().data
-
-
-class StoredMatrices:
-    """The packed tensors of a folder, matched with a model before anything is taken; a source of the others.
-
-    Args:
-        model: with its formats set. source: the folder. quantization: what its config.json says.
-
-    Raises ValueError naming every tensor that is packed otherwise, truncated, or there twice.
-    """
-
-    def __init__(self, model: Any, source: Checkpoint, quantization: QuantizationConfig) -> None:
-        self.path, self.absent = source.path, source.absent
-        self._source, self._quantization = source, quantization
-        prefix = model.base_model_prefix + "."
-
-        def short(name: str) -> str:
-            return "+".join(part.removeprefix(prefix) for part in name.split("+"))
-
-        packed: dict[str, tuple[str, str]] = {}  # short name of a matrix -> name and suffix in the folder
-        self._plain = []
-        for name in source.names():
-            match = _PACKED_NAME.fullmatch(name)
-            if match is None:
-                self._plain.append(name)
-            elif short(match[1]) in packed:
-                raise ValueError(f"{self.path} has both {packed[short(match[1])][0]!r} and {name!r}, one matrix")
-            else:
-                packed[short(match[1])] = (name, match[2])
-        plain = {short(name): name for name in self._plain}
-        self._found: list[tuple[Matrix, str]] = []
-        problems = []
-        for matrix in matrices(model):
-            name, suffix = packed.pop(short(matrix.name), (None, None))
-            others = [plain[short(part)] for part in matrix.names if short(part) in plain]
-            if name is None:
-                if matrix.is_quantized and others:
-                    problems.append(f"{others[0]} is not packed, and config.json says {quantization.suffix}")
-            elif others:
-                problems.append(f"{name} is packed, and there is also {others[0]}")
-            elif not matrix.is_quantized:
-                problems.append(f"{name} is packed, and config.json says that it is not")
-            elif suffix != quantization.suffix:
-                problems.append(f"{name} is {suffix}, and config.json says {quantization.suffix}")
-            else:
-                problems += self._misfit(matrix, name)
-                self._found.append((matrix, name))
-        if problems:
-            raise ValueError(
-                f"{self.path} mixes or lacks packed tensors; write it again with `alula quantize`:\n  "
-                + "\n  ".join(problems)
-            )
-        self.unexpected = [name for name, _ in packed.values()]
-        self.loaded = {part for matrix, _ in self._found for part in matrix.names}
-
-    def _misfit(self, matrix: Matrix, name: str) -> list[str]:
-        info = self._source.info(name)
-        rows, columns = matrix.shape
-        code = format_code(self._quantization.format, self._quantization.group_size)
-        expected = (-(-rows // 32), panel_bytes(code, columns))
-        if info.dtype == torch.uint8 and info.shape == expected:
-            return []
-        return [f"{name} is {info.dtype} {list(info.shape)}, expected torch.uint8 {list(expected)} (truncated?)"]
-
-    def load(self, dtype: torch.dtype) -> None:
-        """Points the model's matrices at the mapped file; nothing is converted."""
-        errors = self._source.metadata_objects(_ERRORS)
-        for matrix, name in self._found:
-            layer = matrix.layers[0]
-            code = format_code(*layer.format)
-            packed = PackedWeight(self._source.read(name), *matrix.shape, code, dtype)
-            error = errors.get(name)
-            matrix.store(packed, error if isinstance(error, float) else None)
-
-    # What is not packed, as a TensorSource.
-
-    def names(self) -> list[str]:
-        return self._plain
-
-    def info(self, name: str) -> Any:
-        return self._source.info(name)
-
-    def read(self, name: str) -> Tensor:
-        return self._source.read(name)
-
-    def release(self, name: str) -> None:
-        self._source.release(name)
 
 
 def refuse_rounded_activations(activations: str | None, device: torch.device) -> None:
@@ -295,9 +27,6 @@ def refuse_rounded_activations(activations: str | None, device: torch.device) ->
             f'activations "int8" are for the CPU; kernels on {device} never round activations: '
             'leave activations out, or say "full"'
         )
-
-
-# --- models --------------------------------------------------------------------------------------------------------
 
 
 class Quantizable:
@@ -451,7 +180,7 @@ class Quantizable:
         packed = {name for matrix in quantized for name in matrix.names}
         slots.update((name, slot) for name, slot in self.weight_slots().items() if name not in packed)
         known = {name: error for name, error in errors.items() if error is not None}
-        return slots, {_ERRORS: json.dumps(known)} if known else {}
+        return slots, {ERRORS: json.dumps(known)} if known else {}
 
 
 def _kept(model: Any, found: list[Matrix], keep: Sequence[str], is_stored: bool) -> set[str]:
