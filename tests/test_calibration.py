@@ -194,6 +194,27 @@ def test_refusals() -> None:
         model.quantize("int4", calibration=ids)
 
 
+@pytest.mark.parametrize("given", ["def f(x):", ["a", "b"], [[1, 2], [3]], {"input_ids": [1, 2]}, [None], iter([1])])
+def test_what_is_no_tensor_is_refused_by_name(given: Any) -> None:
+    model = fresh("GPTBigCodeForCausalLM")
+    words = rf"calibration is a {type(given).__name__} that is no tensor \(.*\); accepted: token ids of a text, int64"
+    with pytest.raises(ValueError, match=words):
+        model.quantize("int4", calibration=given)
+    assert not model.is_quantized
+
+
+@pytest.mark.parametrize("change", [lambda found: found[:3], lambda found: found[::-1], lambda found: [*found, 1]])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_progress_that_leaves_matrices_out_is_refused(change: Any, calibrated: bool) -> None:
+    model = fresh("GPTBigCodeForCausalLM")
+    ids = text_ids(model)
+    with pytest.raises(ValueError, match="progress must give back all 9 matrices"):
+        model.quantize("int4", calibration=ids if calibrated else None, progress=change)
+    for found in matrices(model):  # what was not reached is dense, and says so
+        assert found.is_quantized == bool(found.layers[0].stored("weight").code)
+    assert model(ids[None, :20]).logits.isfinite().all()
+
+
 def test_activations_that_are_not_finite_are_refused() -> None:
     model = fresh("GPT2LMHeadModel")
     name = "transformer.h.1.mlp.c_fc"
@@ -277,6 +298,19 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.equal(loaded(ids[None, :50]).logits, here(ids[None, :50]).logits)
 
 
+def test_the_default_is_as_many_tokens_as_the_widest_matrix_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(alula.calibration, "CALIBRATION_TOKENS", 100)
+    given: list[int] = []
+    choose = alula.calibration.calibration_ids
+    monkeypatch.setattr(alula.calibration, "calibration_ids", lambda *args: given.append(args[2]) or choose(*args))
+    command = [*QUANTIZE, str(tmp_path / "out"), "--format", "nf4", "--keep", "h", "--calibration", alula.cli.__file__]
+    assert main(command) == 0, capsys.readouterr().err
+    assert given == [768]
+
+
 def test_command_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     short, empty, binary = tmp_path / "short", tmp_path / "empty", tmp_path / "binary"
@@ -292,7 +326,8 @@ def test_command_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["int4", "--calibration", tmp_path / "none"], "--calibration .*none cannot be read"),
         (["int4", "--calibration", short], "has 10 tokens, and the widest matrix multiplies 768 values"),
         (["int4", "--calibration", alula.cli.__file__, "--calibration-tokens", "700"], "has 700 tokens"),
-        (["int4", "--calibration", short, "--calibration-tokens", "0"], "0 calibration tokens; accepted: 1 and more"),
+        (["int4", "--calibration", short, "--calibration-tokens", "0"], "--calibration-tokens 0; accepted: 1 and more"),
+        (["int4", "--calibration", ""], "--calibration has an empty name"),
     ):
         assert main([*QUANTIZE, out, "--format", *map(str, options)]) == 2
         captured = capsys.readouterr()

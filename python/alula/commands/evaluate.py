@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
 
 def read_text(name: str, option: str) -> str:
     """The UTF-8 text of a file, - for standard input. CommandError for a file that cannot be read, and an empty one."""
+    if not name:
+        raise CommandError(f"{option} has an empty name; give a file, or - for standard input")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:

@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="auto", metavar="DTYPE", help="of what is not quantized (default: as stored)"
     )
     add("--calibration", metavar="FILE", nargs="+", help="UTF-8 texts to choose 4-bit codes for; - is standard input")
-    add("--calibration-tokens", type=int, metavar="N", help="tokens of them, evenly spread (default: 16384)")
+    add(
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of them, evenly spread (default: 16384, more for wide models)",
+    )
     add("--json", action="store_true", help="print the table as one JSON object")
 
 
@@ -44,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--format is missing; accepted: int8, int4, int4_asymmetric, nf4")
     if args.calibration is None and args.calibration_tokens is not None:
         raise CommandError("--calibration-tokens goes with --calibration FILE")
+    if args.calibration_tokens is not None and args.calibration_tokens < 1:
+        raise CommandError(f"--calibration-tokens {args.calibration_tokens}; accepted: 1 and more")
     if args.calibration is not None and args.quantize == "int8":
         raise CommandError("--calibration goes with int4, int4_asymmetric and nf4; int8 weights lose next to nothing")
     folder, out = model_folder(args.source), Path(args.out)
@@ -79,11 +86,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _calibrated(cls: Any, folder: Path, texts: list[str], args: argparse.Namespace, options: dict[str, Any]) -> Any:
     from alula.calibration import CALIBRATION_TOKENS, calibration_ids
+    from alula.models.matrix import matrices
     from alula.tokenization import AutoTokenizer
 
-    tokens = CALIBRATION_TOKENS if args.calibration_tokens is None else args.calibration_tokens
-    ids = calibration_ids(AutoTokenizer.from_pretrained(folder), texts, tokens)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = cls.from_pretrained(folder, dtype=DTYPES[args.dtype])
+    # As many tokens as the widest matrix has inputs are demanded.
+    least = max((matrix.shape[1] for matrix in matrices(model)), default=0)
+    ids = calibration_ids(tokenizer, texts, args.calibration_tokens or max(CALIBRATION_TOKENS, least))
     return model.quantize(
         options.pop("quantize"),
         **options,

@@ -17,7 +17,7 @@ from torch import Tensor
 from alula.gptq import SecondMoment
 from alula.models.blocks import BlockShape, attention_op, embedding_op, product, qkv_op
 from alula.models.layers import WeightModule
-from alula.models.matrix import Matrix
+from alula.models.matrix import Matrix, in_turn
 from alula.ops import PackedWeight
 
 __all__ = ["calibrate", "check_calibration", "rows_of"]
@@ -51,11 +51,13 @@ def check_calibration(model: Any, format: str) -> None:
 
 def rows_of(model: Any, ids: Tensor | Sequence[int]) -> list[Tensor]:
     """Token ids [n], or [rows, n], as rows int64 [1, T] that fit the model. ValueError for what is no text for it."""
-    given = torch.as_tensor(ids)
+    accepted = "accepted: token ids of a text, int64 [n] or [rows, n]"
+    try:
+        given = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"calibration is a {type(ids).__name__} that is no tensor ({error}); {accepted}") from None
     if given.dim() not in (1, 2) or given.dtype not in (torch.int64, torch.int32) or not given.numel():
-        raise ValueError(
-            f"calibration is {given.dtype} {list(given.shape)}; accepted: token ids of a text, int64 [n] or [rows, n]"
-        )
+        raise ValueError(f"calibration is {given.dtype} {list(given.shape)}; {accepted}")
     low, high, vocab = int(given.min()), int(given.max()), model.base_model.wte.num_embeddings
     if low < 0 or high >= vocab:
         raise ValueError(f"calibration holds token {low if low < 0 else high}; accepted: 0 to {vocab - 1}")
@@ -93,7 +95,7 @@ def calibrate(
     matrix_of = {key: m for key, m in matrix_of.items() if m not in in_blocks}
     table = matrix_of.pop(id(base.wte), None)
     order = [m for m in [table, *in_blocks, *matrix_of.values()] if m is not None]
-    steps = iter(progress(order))
+    steps = in_turn(order, progress)
 
     def quantize(matrix: Matrix, inputs: Iterable[Tensor] | None) -> None:
         next(steps)

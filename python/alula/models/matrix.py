@@ -7,8 +7,9 @@ merge theirs), which are quantized together.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from alula.gptq import SecondMoment, pack_calibrated
 from alula.models.layers import DENSE, VERSION, PackedPart, WeightModule, share_merged
 from alula.packed_weight import PackedWeight
 
-__all__ = ["Matrix", "WeightWriter", "matrices"]
+__all__ = ["Matrix", "WeightWriter", "in_turn", "matrices"]
 
 ERROR_ELEMENTS = 1 << 18  # dequantized at once where an error is measured
 
@@ -121,6 +122,15 @@ def matrices(model: Any) -> list[Matrix]:
             matrix = groups.get(name) or Matrix((name,), (slot.module,), 0)
             found.setdefault(matrix.name, matrix)
     return list(found.values())
+
+
+def in_turn(found: Sequence[Matrix], progress: Callable[[list[Matrix]], Iterable[Matrix]]) -> Iterator[Matrix]:
+    """The matrices one after another, behind ``progress``. ValueError where it leaves one out or changes their order:
+    a matrix that is passed over would stay dense in a model that says otherwise."""
+    for matrix, given in itertools.zip_longest(found, progress(list(found))):
+        if given is not matrix:
+            raise ValueError(f"progress must give back all {len(found)} matrices that it was given, in their order")
+        yield matrix
 
 
 class WeightWriter:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alula.models.calibrating import calibrate, check_calibration, rows_of
 from alula.models.layers import DENSE, WeightFormat, WeightModule
-from alula.models.matrix import Matrix, WeightWriter, matrices
+from alula.models.matrix import Matrix, WeightWriter, in_turn, matrices
 from alula.models.stored_matrices import ERRORS, PackedSlot
 from alula.quantization import QuantizationConfig, QuantizationReport, QuantizationRow, check_activations
 
@@ -64,7 +64,7 @@ class Quantizable:
             calibration: token ids of a text, int64 [n] or [rows, n]: the 4-bit formats choose their codes for what the
                 matrices multiply on it (GPTQ), see :func:`alula.calibration.calibration_ids`. At least as many tokens
                 as the widest matrix has inputs. Takes minutes, and the memory of five float32 K x K matrices.
-            progress: wraps the list of matrices.
+            progress: wraps the list of matrices, as tqdm does; it must give back each of them in turn.
 
         Layer norms, biases, positions and matrices with fewer than 32 output rows (heads with few labels) stay as they
         are. Raises ValueError for formats and names that there are not, for a model that is quantized already, and for
@@ -84,7 +84,7 @@ class Quantizable:
         found = [matrix for matrix in matrices(self) if matrix.is_quantized]
         try:
             if rows is None:
-                for matrix in progress(found):
+                for matrix in in_turn(found, progress):
                     matrix.write([layer.read("weight") for layer in matrix.layers], dtype)
             else:
                 with torch.inference_mode(False), torch.no_grad():
