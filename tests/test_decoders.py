@@ -307,6 +307,9 @@ def test_logits_to_keep(lm: str) -> None:
     assert torch.equal(model(ids, logits_to_keep=0).logits, whole)
     with pytest.raises(ValueError, match="logits_to_keep=-1; accepted"):
         model(ids, logits_to_keep=-1)
+    for wrong in (None, "1", 1.5, slice(1, 3)):
+        with pytest.raises(TypeError, match=f"logits_to_keep is a {type(wrong).__name__}; accepted: 0 .*, a positive"):
+            model(ids, logits_to_keep=wrong)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -1,5 +1,6 @@
 """Steps on the device, run on the CPU, of the models whose step is more than a stack of decoder blocks: BigBird as a
 decoder, and decoders that look at an encoder's states."""
+# ruff: noqa: F401, F811  (fixtures)
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ import decoder_cases
 import pytest
 import torch
 from alula.generation import Generation
-from test_device_generation import (  # noqa: F401  (fixtures)
+from device_generation_cases import (
     OPTIONS,
+    PROMPTS,
     SAMPLED,
     Reads,
     captures,
@@ -19,8 +21,6 @@ from test_device_generation import (  # noqa: F401  (fixtures)
     on_host,
 )
 from torch import Tensor
-
-PROMPTS = [[5, 17, 3, 22, 4], [12], [7, 7, 8, 9, 1, 1, 0, 33, 12]]
 
 
 def big_bird(**options: Any) -> Any:
@@ -72,7 +72,7 @@ def test_a_sparse_decoder_of_few_tokens_goes_on() -> None:
 
 
 @pytest.mark.usefixtures("on_device")
-def test_big_birds_step_is_captured_and_kept(captures: list[int]) -> None:  # noqa: F811
+def test_big_birds_step_is_captured_and_kept(captures: list[int]) -> None:
     model, options = big_bird(), {"max_new_tokens": 24, "eos_token_id": []}
     for prompts in (PROMPTS, PROMPTS[::-1]):
         assert torch.equal(model.generate(prompts, **options), on_host(model, prompts, **options))
@@ -128,7 +128,7 @@ def test_a_cache_that_holds_an_encoders_keys(name: str) -> None:
 
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("name", FED[:2])
-def test_encoder_fed_steps_are_captured_for_each_call(name: str, captures: list[int]) -> None:  # noqa: F811
+def test_encoder_fed_steps_are_captured_for_each_call(name: str, captures: list[int]) -> None:
     model = with_encoder(name)
     for rows in (2, 3):
         given = {**encoded(model, rows), "max_new_tokens": 24, "eos_token_id": []}

@@ -42,8 +42,8 @@ def bucket_of(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def can_step(model: Any, cache: KVCache | None) -> bool:
-    """Whether a step of this model over this cache (None: one of the step's own) needs no help from Python."""
+def can_step(model: Any) -> bool:
+    """Whether this model has a step that needs no help from Python."""
     return hasattr(model, "decode_step")
 
 
@@ -51,7 +51,7 @@ class DecodeStep:
     """A step of a causal language model over one cache: reads the newest token of each row and chooses the next.
 
     Args:
-        model: a decoder with ``lm_head``; it is not kept alive.
+        model: one that :func:`can_step`; it is not kept alive.
         cache: of R rows; the step writes its tensors and never asks it how long the rows are.
         max_new: N, the most tokens that one call may make.
 

@@ -21,9 +21,9 @@ __all__ = ["DeviceSteps", "chooses_on_device"]
 Processor = Callable[[Tensor], Tensor]  # of float32 [B, V]
 
 
-def chooses_on_device(model: Any, cache: KVCache | None) -> bool:
+def chooses_on_device(model: Any) -> bool:
     """Whether tokens are chosen where the logits are; elsewhere `alula.sampling` looks at each row on the host."""
-    return model.device.type == "cuda" and can_step(model, cache)
+    return model.device.type == "cuda" and can_step(model)
 
 
 class DeviceSteps:

@@ -193,7 +193,7 @@ class Generation:
         if self._steps is not None or self.length != self._num_prompt:
             return
         rows, columns = self.ids.shape
-        if chooses_on_device(self._model, self._cache):
+        if chooses_on_device(self._model):
             num_new = columns - self._num_prompt
             slots = max(self.prompt_lengths) + num_new - 1
             cache = self._cache

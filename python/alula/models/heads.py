@@ -100,7 +100,10 @@ def select_positions(hidden: Tensor, keep: int | Sequence[int] | Tensor) -> Tens
     batch, tokens = hidden.shape[:2]
     if isinstance(keep, (list, tuple)) and all(isinstance(place, int) for place in keep):
         keep = torch.tensor(keep, dtype=torch.int64)
-    require_tensors(logits_to_keep=keep)
+    if not isinstance(keep, Tensor):
+        raise TypeError(
+            f"logits_to_keep is a {type(keep).__name__}; accepted: 0 (all), a positive count, or a tensor of positions"
+        )
     if keep.dtype == torch.bool:
         if list(keep.shape) != [batch, tokens]:
             raise ValueError(f"logits_to_keep of dtype bool has shape {list(keep.shape)}; accepted: {[batch, tokens]}")
