@@ -203,6 +203,7 @@ def test_masks(dtype: torch.dtype) -> None:
 def test_no_rows() -> None:
     stack = make_stack((4, 1, 24), torch.float32, False)
     assert run(stack, make_inputs(stack, (0, 1), torch.float32)).shape == (0, 1, E)
+    assert run(stack, make_inputs(stack, (0, 3), torch.float32), tokens_to_keep=2).shape == (0, 2, E)
 
 
 @pytest.mark.parametrize("is_parallel", [False, True], ids=["sequential", "parallel"])

@@ -232,7 +232,7 @@ def test_training_is_refused() -> None:
 def test_refusals_inside() -> None:
     model = copy.deepcopy(made("BigBirdModel"))
     model.encoder.layer[1].intermediate.intermediate_act_fn = torch.nn.Softplus()
-    says = r"layer\.1\.intermediate\.intermediate_act_fn is torch\..*Softplus .*, the configuration says gelu_new"
+    says = r"layer\.1\.intermediate\.intermediate_act_fn is torch\..*Softplus\(.*\), the configuration says gelu_new"
     with pytest.raises(ValueError, match=says):
         at.accelerate(model)
     odd = transformers.BigBirdModel(transformers.BigBirdConfig(**{**VALUES, "block_size": 24})).eval()

@@ -173,7 +173,8 @@ def test_offloaded_cache_is_as_on_the_plain_model(cls: str) -> None:
             model.generate(random_ids(model, 1, 5), max_new_tokens=3, cache_implementation="offloaded")
         said.append(str(error.value))
     assert not models.report.fast_calls  # a torch that is built for CUDA fails before the first pass
-    assert models.report.plain_calls in ({"the cache offloads its layers": 1}, {})
+    offloads = {"the cache offloads its layers": 1}
+    assert models.report.plain_calls in ([offloads, {}] if torch.backends.cuda.is_built() else [offloads])
     assert said[0] == said[1]
 
 

@@ -327,7 +327,7 @@ Tensor decoder_blocks(const Tensor& x, int64_t id, const std::vector<Tensor>& kv
   const Inputs inputs = {kv_caches, positions, lengths, mask, head_masks, causal, rotary_table, rotary_positions};
   const Calls calls(*stack, input, to, inputs);
   check_other_caches(*stack, kv_caches, batch);
-  if (batch * tokens == 0) return to.hidden;
+  if (batch * tokens == 0) return last(to.hidden, 1, kept);
 
   const PanelGemmKernels& kernels = ALULA_KERNELS(kLinear).gemm;
   const bool in_team = batch * tokens <= kernels.rows_per_block && num_threads() > 1;

@@ -198,7 +198,8 @@ def run_blocks(
         observe: called in every block with its index, its input and its query [B, T, H, D], once keys are written.
         cross: called between attention and MLP with the block's index and [B, T, E]; gives back the sum of that and of
             its own attention.
-        tokens_to_keep: n > 0 where only the outputs of the last n tokens are wanted, 0 for all.
+        tokens_to_keep: n > 0 where only the outputs of the last n tokens are wanted, 0 for all; 0 with ``cross``, whose
+            queries are all tokens.
 
     Returns: [B, T, E] or [B, n, E], not normed.
     """
@@ -232,10 +233,8 @@ def run_blocks(
         )
         if observe is not None:
             observe(layer, x, q)
-        if layer == len(blocks) - 1:
-            x, q, positions, padding_positions, mask = keep_last(
-                tokens_to_keep, x, q, positions, padding_positions, mask
-            )
+        count = tokens_to_keep if layer == len(blocks) - 1 else 0
+        x, q, positions, padding_positions, mask = keep_last(count, x, q, positions, padding_positions, mask)
         head_mask = None if head_masks is None else head_masks[layer]
         y = attention_op(q, kv, positions, lengths, mask, head_mask, scales[layer], causal)
         if padding_positions is not None:
@@ -310,10 +309,9 @@ def run_parallel_blocks(
         )
         if observe is not None:
             observe(layer, x, q)
-        if layer == len(blocks) - 1:
-            x, q, positions, padding_positions, mask = keep_last(
-                tokens_to_keep, x, q, positions, padding_positions, mask
-            )
+        count = tokens_to_keep if layer == len(blocks) - 1 else 0
+        x, q, positions, padding_positions, mask = keep_last(count, x, q, positions, padding_positions, mask)
+        if count:
             inner = inner[:, -x.shape[1] :].contiguous()
             attended = inner[..., :width]
         head_mask = None if head_masks is None else head_masks[layer]

@@ -120,19 +120,7 @@ class DecoderBlocks:
 
 
 @torch.library.register_fake("alula::decoder_blocks")
-def _(
-    x,
-    blocks,
-    kv_caches,
-    positions,
-    lengths,
-    mask,
-    head_masks,
-    causal,
-    rotary_table,
-    rotary_positions,
-    tokens_to_keep=0,
-):
+def _(x, blocks, kv_caches, positions, lengths, mask, head_masks, causal, rotary_table, _turns, tokens_to_keep=0):
     same_device(x=x, kv_caches=kv_caches[0], positions=positions, lengths=lengths, mask=mask, rotary_table=rotary_table)
     batch, tokens, width = x.shape
     return x.new_empty(batch, min(tokens, tokens_to_keep) if tokens_to_keep else tokens, width)

@@ -188,9 +188,8 @@ def _inspect_block(where: str, index: int, block: nn.Module, family: Family, act
             _own_forward(inner, next(part for part in family.parts if isinstance(inner, part)), path)
         elif name.endswith(f".{family.act[1]}"):
             if type(inner) is not type(act) or _numbers(inner) != _numbers(act):
-                raise NotReplaceable(
-                    f"{path} is {_class(inner)} {_numbers(inner)}, the configuration says {activation}"
-                )
+                made_with = ", ".join(f"{key}={value}" for key, value in _numbers(inner).items())
+                raise NotReplaceable(f"{path} is {_class(inner)}({made_with}), the configuration says {activation}")
         elif type(inner) not in (family.dense, nn.LayerNorm):
             raise NotReplaceable(
                 f"{path} is a {_class(inner)}; accepted: {family.dense.__name__} and LayerNorm as transformers makes "
