@@ -52,6 +52,37 @@ ALULA_INLINE Moments moments_about(float mean, int64_t n, float eps, F f) {
   return {mean, 1.0f / std::sqrt(variance + eps)};
 }
 
+// The same two where the values come as `TwoVecs f(i)`, 2 * kWidth of them in any order, and n has no rest.
+template <typename F, typename Add>
+ALULA_INLINE float sum_over_pairs(int64_t n, F f, Add add) {
+  constexpr int kPair = 2 * Vec::kWidth;
+  Vec sum[kNormChains] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 2 * kPair <= n; i += 2 * kPair) {
+    const TwoVecs first = f(i), second = f(i + kPair);
+    sum[0] = add(sum[0], first.a);
+    sum[1] = add(sum[1], first.b);
+    sum[2] = add(sum[2], second.a);
+    sum[3] = add(sum[3], second.b);
+  }
+  if (i < n) {
+    const TwoVecs last = f(i);
+    sum[0] = add(sum[0], last.a);
+    sum[1] = add(sum[1], last.b);
+  }
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+template <typename F>
+ALULA_INLINE float mean_of_pairs(int64_t n, F f) {
+  return sum_over_pairs(n, f, [](Vec sum, Vec z) { return sum + z; }) / static_cast<float>(n);
+}
+template <typename F>
+ALULA_INLINE Moments moments_about_pairs(float mean, int64_t n, float eps, F f) {
+  const Vec center = broadcast(mean);
+  const float sum = sum_over_pairs(n, f, [center](Vec sum, Vec z) { return fma(z - center, z - center, sum); });
+  return {mean, 1.0f / std::sqrt(sum / static_cast<float>(n) + eps)};
+}
+
 template <typename F>
 ALULA_INLINE Moments moments_of(int64_t n, float eps, F f) {
   return moments_about(mean_of(n, f), n, eps, f);
