@@ -2,6 +2,7 @@
 
 A limit is the best that several plain ways to reach it gave: the share that an op reaches is then never flattered by a
 slow yardstick. Bandwidths count the bytes that the program asks for (a copy: each byte read and each byte written).
+Memory changes its speed from minute to minute on a shared machine, so a `Yardstick` takes turns with what it measures.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import alula.limits
 import torch
 
 BUFFER_BYTES = 512 << 20  # beyond any last-level cache in use
+YARDSTICK_BYTES = 128 << 20  # beyond most, and about as long a call as those it takes turns with
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,38 @@ def copy_bandwidth(threads: int, seconds: float = 0.5, *, buffer_bytes: int = BU
         best = _fastest(lambda: target.copy_(source), seconds)
     best = min(best, _fastest(lambda: _on_threads(move, threads), seconds))
     return 2 * buffer_bytes / best / 1e9
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """One call moves `work` bytes, as fast as memory allows: a contestant that the others are held against."""
+
+    call: Callable[[], object]
+    work: int
+
+
+def yardstick(bound: str, threads: int, *, quick: bool = False) -> Yardstick | None:
+    """The faster of the plain ways to read or to copy a buffer, with `threads` threads (torch's, as it is set now).
+
+    bound: read or copy; anything else is no matter of memory and gives None.
+    """
+    buffer_bytes = YARDSTICK_BYTES >> 4 if quick else YARDSTICK_BYTES
+    if bound == "read":
+        buffer = torch.ones(buffer_bytes // 4)
+        return Yardstick(_faster(buffer.sum, buffer.amax), buffer_bytes)
+    if bound == "copy":
+        source, target = torch.ones(buffer_bytes // 4), torch.zeros(buffer_bytes // 4)
+        part = buffer_bytes // threads
+
+        def move(thread: int) -> None:
+            ctypes.memmove(target.data_ptr() + thread * part, source.data_ptr() + thread * part, part)
+
+        return Yardstick(_faster(lambda: target.copy_(source), lambda: _on_threads(move, threads)), 2 * buffer_bytes)
+    return None
+
+
+def _faster(*ways: Callable[[], object]) -> Callable[[], object]:
+    return min(ways, key=lambda way: _fastest(way, 0.05))
 
 
 def peak_gflops(kind: str, threads: int, seconds: float = 0.5) -> float | None:

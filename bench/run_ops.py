@@ -22,6 +22,7 @@ from alula.testing import compare
 from torch import Tensor
 
 UNITS = {"read": "GB/s", "copy": "GB/s", "fp32_fma": "GFLOP/s", "bf16_dot": "GFLOP/s", "int8_dot": "GOP/s"}
+YARDSTICK = "the limit"  # takes turns with the engines of a memory-bound case
 COLD_CACHES = 4  # the buffers of a memory-bound case take this many times the last-level cache
 HEADER = ("case", "dtype", "engine", "median", "+-", "rate", "of limit", "alula / it")
 
@@ -90,13 +91,17 @@ def measure_case(case: Case, measured: limits.Limits, args: argparse.Namespace) 
         timings: dict[str, Timing] = {}
         if right and "alula" not in errors:
             contestants = {name: rotating(case, name, inputs) for name in right}
+            memory = limits.yardstick(case.bound, args.threads, quick=args.quick)
+            if memory is not None:
+                contestants[YARDSTICK] = memory.call
             if args.quick:
                 timings = interleave(contestants, seconds=0.0, min_rounds=3, warmup=1)
             else:
                 timings = interleave(contestants, seconds=args.seconds, min_rounds=7)
             del contestants
     gc.collect()
-    limit = measured.of(case.bound)
+    beside = timings.pop(YARDSTICK, None)
+    limit = measured.of(case.bound) if beside is None else memory.work / beside.median / 1e9
     for name in case.prepare:
         record: dict[str, Any] = {
             "kind": "op",
@@ -111,6 +116,9 @@ def measure_case(case: Case, measured: limits.Limits, args: argparse.Namespace) 
         if name in timings:
             timing = timings[name]
             rate = case.work / timing.median / 1e9
+            share = None if limit is None else rate / limit
+            if beside is not None:
+                share = case.work / memory.work * paired_ratio(beside, timing)
             record |= {
                 "median_s": timing.median,
                 "q25_s": timing.quartiles[0],
@@ -120,7 +128,8 @@ def measure_case(case: Case, measured: limits.Limits, args: argparse.Namespace) 
                 "rate": rate,
                 "unit": UNITS[case.bound],
                 "limit": case.bound,
-                "limit_share": None if limit is None else rate / limit,
+                "limit_value": limit,
+                "limit_share": share,
                 "alula_ratio": None if name == "alula" else paired_ratio(timings["alula"], timing),
             }
         yield record

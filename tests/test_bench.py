@@ -15,7 +15,7 @@ from alula.bench.run import main
 MEASURED = limits.Limits(read=10.0, copy=10.0, fp32_fma=100.0, bf16_dot=None)
 OP_FIELDS = {
     "kind", "op", "case", "dtype", "engine", "correct", "median_s", "q25_s", "q75_s", "samples",
-    "work", "rate", "unit", "limit", "limit_share", "alula_ratio",
+    "work", "rate", "unit", "limit", "limit_value", "limit_share", "alula_ratio",
 }  # fmt: skip
 MODEL_FIELDS = {
     "kind", "preset", "phase", "dtype", "engine", "weights", "versions", "batch", "left_pad", "prompt_tokens",
@@ -77,8 +77,39 @@ def test_a_right_op_is_timed_with_its_share_of_the_limit():
     ours, torchs = records_of(quick_case())
     assert set(ours) == set(torchs) == OP_FIELDS
     assert (ours["engine"], ours["correct"], ours["alula_ratio"]) == ("alula", True, None)
-    assert ours["limit_share"] == pytest.approx(ours["work"] / ours["median_s"] / 1e9 / MEASURED.read)
+    assert ours["limit_share"] > torchs["limit_share"] / 100 > 0
     assert torchs["alula_ratio"] > 0
+
+
+def test_memory_takes_turns_with_the_ops_that_it_limits(monkeypatch):
+    case = quick_case()
+    assert case.bound == "read"
+    taken = {"alula": (2.0, 4.0, 6.0), "torch": (4.0, 8.0, 12.0), run_ops.YARDSTICK: (1.0, 2.0, 6.0)}
+
+    def interleave(contestants, **_):
+        return {name: measure.Timing(taken[name]) for name in contestants}
+
+    monkeypatch.setattr(run_ops, "interleave", interleave)
+    ours, torchs = records_of(case)
+    moved = limits.yardstick("read", 1, quick=True).work
+    assert ours["limit_value"] == moved / 2.0 / 1e9
+    assert ours["limit_share"] == pytest.approx(0.5 * case.work / moved)  # in the median round
+    assert torchs["limit_share"] == pytest.approx(0.25 * case.work / moved)
+
+
+def test_arithmetic_is_held_against_the_peak_of_the_run(monkeypatch):
+    case = dataclasses.replace(quick_case(), bound="fp32_fma")
+    ours, _ = records_of(case)
+    assert ours["limit_value"] == MEASURED.fp32_fma
+    assert ours["limit_share"] == pytest.approx(ours["work"] / ours["median_s"] / 1e9 / MEASURED.fp32_fma)
+
+
+@pytest.mark.parametrize(("bound", "times"), [("read", 1), ("copy", 2)])
+def test_a_yardstick_moves_its_bytes(bound, times):
+    yardstick = limits.yardstick(bound, 2, quick=True)
+    assert yardstick.work == times * (limits.YARDSTICK_BYTES >> 4)
+    yardstick.call()
+    assert limits.yardstick("bf16_dot", 2) is None
 
 
 @pytest.mark.parametrize("off_by", [1e-3, float("nan")])
