@@ -10,14 +10,15 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import alula.limits
 import torch
+from alula.bench.measure import Timing
 
 BUFFER_BYTES = 512 << 20  # beyond any last-level cache in use
-YARDSTICK_BYTES = 128 << 20  # beyond most, and about as long a call as those it takes turns with
+QUICK_BUFFER_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -66,48 +67,46 @@ def read_bandwidth(threads: int, seconds: float = 0.5) -> float:
 
 def copy_bandwidth(threads: int, seconds: float = 0.5, *, buffer_bytes: int = BUFFER_BYTES) -> float:
     """GB/s read plus written by a copy: the best of `Tensor.copy_` and of memmove on one part for each thread."""
+    with _torch_threads(threads):
+        best = min(_fastest(call, seconds) for call in _copies(threads, buffer_bytes).values())
+    return 2 * buffer_bytes / best / 1e9
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Plain ways to move `work` bytes: contestants, the fastest of which in each round is what memory allows there."""
+
+    calls: Mapping[str, Callable[[], object]]
+    work: int
+
+    def take(self, timings: dict[str, Timing]) -> Timing:
+        """The fastest way's time, round by round; takes the ways out of `timings`."""
+        taken = [timings.pop(name).samples for name in self.calls]
+        return Timing(tuple(min(samples) for samples in zip(*taken, strict=True)))
+
+
+def yardstick(bound: str, threads: int, *, quick: bool = False) -> Yardstick | None:
+    """Ways to read or to copy a buffer beyond the caches, with `threads` threads (torch's, as it is set now).
+
+    bound: read or copy; anything else is no matter of memory and gives None.
+    """
+    buffer_bytes = QUICK_BUFFER_BYTES if quick else BUFFER_BYTES
+    if bound == "read":
+        buffer = torch.ones(buffer_bytes // 4)
+        return Yardstick({"read by sum": buffer.sum, "read by amax": buffer.amax}, buffer_bytes)
+    if bound == "copy":
+        return Yardstick(_copies(threads, buffer_bytes), 2 * buffer_bytes)
+    return None
+
+
+def _copies(threads: int, buffer_bytes: int) -> dict[str, Callable[[], object]]:
     source, target = torch.ones(buffer_bytes // 4), torch.zeros(buffer_bytes // 4)
     part = buffer_bytes // threads
 
     def move(thread: int) -> None:
         ctypes.memmove(target.data_ptr() + thread * part, source.data_ptr() + thread * part, part)
 
-    with _torch_threads(threads):
-        best = _fastest(lambda: target.copy_(source), seconds)
-    best = min(best, _fastest(lambda: _on_threads(move, threads), seconds))
-    return 2 * buffer_bytes / best / 1e9
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """One call moves `work` bytes, as fast as memory allows: a contestant that the others are held against."""
-
-    call: Callable[[], object]
-    work: int
-
-
-def yardstick(bound: str, threads: int, *, quick: bool = False) -> Yardstick | None:
-    """The faster of the plain ways to read or to copy a buffer, with `threads` threads (torch's, as it is set now).
-
-    bound: read or copy; anything else is no matter of memory and gives None.
-    """
-    buffer_bytes = YARDSTICK_BYTES >> 4 if quick else YARDSTICK_BYTES
-    if bound == "read":
-        buffer = torch.ones(buffer_bytes // 4)
-        return Yardstick(_faster(buffer.sum, buffer.amax), buffer_bytes)
-    if bound == "copy":
-        source, target = torch.ones(buffer_bytes // 4), torch.zeros(buffer_bytes // 4)
-        part = buffer_bytes // threads
-
-        def move(thread: int) -> None:
-            ctypes.memmove(target.data_ptr() + thread * part, source.data_ptr() + thread * part, part)
-
-        return Yardstick(_faster(lambda: target.copy_(source), lambda: _on_threads(move, threads)), 2 * buffer_bytes)
-    return None
-
-
-def _faster(*ways: Callable[[], object]) -> Callable[[], object]:
-    return min(ways, key=lambda way: _fastest(way, 0.05))
+    return {"copy by copy_": lambda: target.copy_(source), "copy by memmove": lambda: _on_threads(move, threads)}
 
 
 def peak_gflops(kind: str, threads: int, seconds: float = 0.5) -> float | None:

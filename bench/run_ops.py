@@ -22,7 +22,6 @@ from alula.testing import compare
 from torch import Tensor
 
 UNITS = {"read": "GB/s", "copy": "GB/s", "fp32_fma": "GFLOP/s", "bf16_dot": "GFLOP/s", "int8_dot": "GOP/s"}
-YARDSTICK = "the limit"  # takes turns with the engines of a memory-bound case
 COLD_CACHES = 4  # the buffers of a memory-bound case take this many times the last-level cache
 HEADER = ("case", "dtype", "engine", "median", "+-", "rate", "of limit", "alula / it")
 
@@ -89,18 +88,20 @@ def measure_case(case: Case, measured: limits.Limits, args: argparse.Namespace) 
         errors = check(case, inputs)
         right = [name for name in case.prepare if name not in errors]
         timings: dict[str, Timing] = {}
+        beside: Timing | None = None  # what memory gave in the same rounds
         if right and "alula" not in errors:
             contestants = {name: rotating(case, name, inputs) for name in right}
             memory = limits.yardstick(case.bound, args.threads, quick=args.quick)
             if memory is not None:
-                contestants[YARDSTICK] = memory.call
+                contestants |= memory.calls
             if args.quick:
                 timings = interleave(contestants, seconds=0.0, min_rounds=3, warmup=1)
             else:
                 timings = interleave(contestants, seconds=args.seconds, min_rounds=7)
+            if memory is not None:
+                beside = memory.take(timings)
             del contestants
     gc.collect()
-    beside = timings.pop(YARDSTICK, None)
     limit = measured.of(case.bound) if beside is None else memory.work / beside.median / 1e9
     for name in case.prepare:
         record: dict[str, Any] = {

@@ -84,7 +84,8 @@ def test_a_right_op_is_timed_with_its_share_of_the_limit():
 def test_memory_takes_turns_with_the_ops_that_it_limits(monkeypatch):
     case = quick_case()
     assert case.bound == "read"
-    taken = {"alula": (2.0, 4.0, 6.0), "torch": (4.0, 8.0, 12.0), run_ops.YARDSTICK: (1.0, 2.0, 6.0)}
+    taken = {"alula": (2.0, 4.0, 6.0), "torch": (4.0, 8.0, 12.0)}
+    taken |= {"read by sum": (1.0, 5.0, 6.0), "read by amax": (3.0, 2.0, 7.0)}
 
     def interleave(contestants, **_):
         return {name: measure.Timing(taken[name]) for name in contestants}
@@ -107,8 +108,10 @@ def test_arithmetic_is_held_against_the_peak_of_the_run(monkeypatch):
 @pytest.mark.parametrize(("bound", "times"), [("read", 1), ("copy", 2)])
 def test_a_yardstick_moves_its_bytes(bound, times):
     yardstick = limits.yardstick(bound, 2, quick=True)
-    assert yardstick.work == times * (limits.YARDSTICK_BYTES >> 4)
-    yardstick.call()
+    assert yardstick.work == times * limits.QUICK_BUFFER_BYTES
+    assert len(yardstick.calls) == 2
+    for call in yardstick.calls.values():
+        call()
     assert limits.yardstick("bf16_dot", 2) is None
 
 
