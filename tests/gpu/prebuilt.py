@@ -38,6 +38,8 @@ def pack(library: Path = LIBRARY, carried: Path = CARRIED) -> None:
     """Leaves debugging symbols out, compresses, and notes the sources."""
     if not library.exists():
         sys.exit(f"{library} is missing: run `make build` first")
+    if b".nv_fatbin" not in library.read_bytes():  # the section that nvcc puts kernels into
+        sys.exit(f"{library} has no CUDA kernels: run `make build` with nvcc (ALULA_CUDA=1 says why there are none)")
     carried.mkdir(parents=True, exist_ok=True)
     stripped = carried / "libalula.so"
     subprocess.run(["strip", "--strip-debug", "-o", str(stripped), str(library)], check=True)
