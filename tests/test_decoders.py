@@ -328,6 +328,15 @@ def test_logits_to_keep_changes_nothing_else(lm: str, padding: str) -> None:
         assert torch.equal(*after)
 
 
+@pytest.mark.parametrize("options", [{}, {"output_attentions": True}], ids=["one call", "op by op"])
+def test_logits_to_keep_under_a_mask_of_every_query(lm: str, options: dict[str, Any]) -> None:
+    model = alula_model(hf_model(6, lm))
+    ids, mask = random_ids(model, 2, 30), torch.rand(2, 1, 30, 30) < 0.7
+    whole = model(ids, attention_mask=mask, **options)
+    kept = model(ids, attention_mask=mask, logits_to_keep=2, **options)
+    assert torch.equal(kept.logits, whole.logits[:, -2:])
+
+
 @pytest.mark.parametrize("shape", ["H", "L,H"])
 def test_head_mask_scales_the_heads(lm: str, shape: str) -> None:
     reference = copy.deepcopy(hf_model(9, lm))

@@ -77,6 +77,22 @@ def test_extreme_temperatures():
     assert len({token for (token,) in draws(1, logits, 100, temperature=1e30)[0]}) > 60
 
 
+def test_a_row_that_is_ended_stores_and_chooses_nothing():
+    chooser = DeviceChooser(2, 9, 4, torch.device("cpu"))
+    config = GenerationConfig(eos_token_id=[])
+    chooser.start(config, seeds=[], prompts=[np.array([1])] * 2, num_new=4, min_new=0, pad_id=7)
+    chooser.place(torch.tensor([3, 5], dtype=torch.int32), torch.tensor([[3], [5]]))
+    scores = torch.eye(9)[[4, 6]]
+    chooser.choose(scores)
+    assert chooser.state.slots.tolist() == [[3], [5]]
+    chooser.end_row(1)
+    assert chooser.state.slots.tolist() == [[3], [-1]], "the step that comes stores nothing of it"
+    chooser.choose(scores, advances=True)
+    assert chooser.state.out[:, :2].tolist() == [[4, 4], [6, 7]]
+    assert chooser.state.lengths.tolist() == [4, 5]
+    assert chooser.state.slots.tolist() == [[4], [-1]]
+
+
 # --- whole calls -----------------------------------------------------------------------------------------------------
 
 
@@ -87,6 +103,14 @@ def test_tokens_are_those_of_the_host(model, options):
         expected = on_host(model, prompts, max_new_tokens=12, **options)
         assert torch.equal(model.generate(prompts, max_new_tokens=12, **options), expected)
         assert torch.equal(torch.stack(list(model.stream(prompts, max_new_tokens=12, **options)), 1), expected[:, -12:])
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("options", [*OPTIONS, {"eos_token_id": [3, 4], "min_new_tokens": 5}], ids=str)
+def test_logits_of_16_bits_are_chosen_from_as_on_the_host(model, options):
+    model.to(torch.bfloat16)
+    expected = on_host(model, PROMPTS, max_new_tokens=12, **options)
+    assert torch.equal(model.generate(PROMPTS, max_new_tokens=12, **options), expected)
 
 
 @pytest.mark.usefixtures("on_device")

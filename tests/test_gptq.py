@@ -88,6 +88,24 @@ def test_products_are_nearer(format: str, group_size: int | None, shape: tuple[i
 
 
 @pytest.mark.parametrize(("format", "group_size"), FOUR_BITS)
+def test_every_column_is_rounded_for_what_all_before_it_left(format: str, group_size: int | None) -> None:
+    """Over groups and within them, retraced in float64: each value is the nearest one that the group's scales have."""
+    n, k = 45, 200
+    weight, h = torch.randn(n, k) * 0.05, moment(inputs(600, k))
+    group_size = ops.pack(weight, format, group_size).group_size
+    packed = pack_calibrated(weight, format, group_size, "full", h.clone())
+    factor, found = inverse_factor(h).double(), quantized.dequantize(packed)
+    _, scales, least = (t[:n, :k] for t in quantized.codes_and_scales(packed))
+    left = weight.double()
+    for i in range(k):
+        column = slice(i, i + 1)
+        best = quantized.nearest(left[:, column], scales[:, column], least[:, column], format)
+        off, slack = (found - left)[:, column].abs(), 1e-5 * (1 + scales[:, column])
+        assert (off <= (best - left[:, column]).abs() + slack).all()
+        left[:, i + 1 :] -= (left - found)[:, column] / factor[i, i] * factor[column, i + 1 :]
+
+
+@pytest.mark.parametrize(("format", "group_size"), FOUR_BITS)
 def test_inputs_that_know_nothing_of_each_other_give_plain_rounding(format: str, group_size: int | None) -> None:
     weight = torch.randn(40, 150)
     plain = ops.pack(weight, format, group_size)

@@ -107,7 +107,7 @@ class DeviceChooser:
         count = len(prompts)
         self.kind = kind
         with torch.inference_mode(False):
-            for tensor in (self.state.tokens, self.state.step, self.state.report, self.state.lengths):
+            for tensor in (self.state.tokens, self.state.step, self.state.report):
                 tensor.zero_()
             self.state.running.zero_().narrow(0, 0, count).fill_(True)
             self._pad_id.fill_(pad_id)
