@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -149,6 +150,24 @@ def test_keep_rows_and_modes() -> None:
     seen = []
     fresh(cls).quantize("int4", calibration=ids, progress=lambda found: seen.extend(found) or found)
     assert [m.name for m in seen] == [m.name for m in matrices(model)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_settings_change_nothing(dtype: torch.dtype) -> None:
+    """A default dtype, and autocast, which would round products of more than 1024 inputs."""
+    config = alula.GPT2Config(vocab_size=90, n_embd=64, n_layer=1, n_head=2, n_positions=32, n_inner=1100)
+    torch.manual_seed(2)
+    model = alula.GPT2LMHeadModel(config)
+    ids = text_ids(model, 1200)
+    expected = copy.deepcopy(model).quantize("int4", calibration=ids)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            model.quantize("int4", calibration=ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(matrices(model), matrices(expected), strict=True):
+        assert torch.equal(ours.stored().data, theirs.stored().data)
 
 
 def test_other_heads() -> None:

@@ -26,7 +26,7 @@ class SecondMoment:
     """H = X^T X of the rows that were added, float32 [K, K]."""
 
     def __init__(self, width: int) -> None:
-        self._sum = torch.zeros(width, width)
+        self._sum = torch.zeros(width, width, dtype=torch.float32)
 
     def add(self, x: Tensor) -> None:
         """x: [..., K], any floating dtype."""
@@ -72,7 +72,7 @@ def _inverse(lower: Tensor, out: Tensor) -> Tensor:
     at K = 8192."""
     size = len(lower)
     if size <= BLOCK:
-        return out.copy_(torch.linalg.solve_triangular(lower, torch.eye(size), upper=False))
+        return out.copy_(torch.linalg.solve_triangular(lower, torch.eye(size, dtype=lower.dtype), upper=False))
     half = size // 2
     first, second = _inverse(lower[:half, :half], out[:half, :half]), _inverse(lower[half:, half:], out[half:, half:])
     out[half:, :half] = (second @ (lower[half:, :half] @ first)).neg_()

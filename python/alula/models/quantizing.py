@@ -87,7 +87,7 @@ class Quantizable:
                 for matrix in in_turn(found, progress):
                     matrix.write([layer.read("weight") for layer in matrix.layers], dtype)
             else:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
                     calibrate(self, found, rows, dtype, progress)
         except BaseException:
             self._keep_dense(found)
