@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import threading
@@ -402,8 +403,6 @@ def test_a_call_that_is_refused_leaves_nothing(models: Pair) -> None:
 
 
 def warns_if(expected: bool) -> Any:
-    import contextlib
-
     return pytest.warns(UserWarning, match="forward hook") if expected else contextlib.nullcontext()
 
 
