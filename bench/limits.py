@@ -2,7 +2,7 @@
 
 A limit is the best that several plain ways to reach it gave: the share that an op reaches is then never flattered by a
 slow yardstick. Bandwidths count the bytes that the program asks for (a copy: each byte read and each byte written).
-Memory changes its speed from minute to minute on a shared machine, so a `Yardstick` takes turns with what it measures.
+Memory changes its speed from minute to minute on a shared machine, so a `Yardstick` is laid on again and again.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import alula.limits
 import torch
-from alula.bench.measure import Timing
 
 BUFFER_BYTES = 512 << 20  # beyond any last-level cache in use
 QUICK_BUFFER_BYTES = 8 << 20
@@ -68,21 +67,20 @@ def read_bandwidth(threads: int, seconds: float = 0.5) -> float:
 def copy_bandwidth(threads: int, seconds: float = 0.5, *, buffer_bytes: int = BUFFER_BYTES) -> float:
     """GB/s read plus written by a copy: the best of `Tensor.copy_` and of memmove on one part for each thread."""
     with _torch_threads(threads):
-        best = min(_fastest(call, seconds) for call in _copies(threads, buffer_bytes).values())
+        best = min(_fastest(way, seconds) for way in _copies(threads, buffer_bytes))
     return 2 * buffer_bytes / best / 1e9
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Plain ways to move `work` bytes: contestants, the fastest of which in each round is what memory allows there."""
+    """Plain ways to move `work` bytes, the fastest of which is what memory allows at that moment."""
 
-    calls: Mapping[str, Callable[[], object]]
+    ways: tuple[Callable[[], object], ...]
     work: int
 
-    def take(self, timings: dict[str, Timing]) -> Timing:
-        """The fastest way's time, round by round; takes the ways out of `timings`."""
-        taken = [timings.pop(name).samples for name in self.calls]
-        return Timing(tuple(min(samples) for samples in zip(*taken, strict=True)))
+    def rate(self) -> float:
+        """GB/s now: one call of each way."""
+        return self.work / min(_seconds(way) for way in self.ways) / 1e9
 
 
 def yardstick(bound: str, threads: int, *, quick: bool = False) -> Yardstick | None:
@@ -93,20 +91,20 @@ def yardstick(bound: str, threads: int, *, quick: bool = False) -> Yardstick | N
     buffer_bytes = QUICK_BUFFER_BYTES if quick else BUFFER_BYTES
     if bound == "read":
         buffer = torch.ones(buffer_bytes // 4)
-        return Yardstick({"read by sum": buffer.sum, "read by amax": buffer.amax}, buffer_bytes)
+        return Yardstick((buffer.sum, buffer.amax), buffer_bytes)
     if bound == "copy":
         return Yardstick(_copies(threads, buffer_bytes), 2 * buffer_bytes)
     return None
 
 
-def _copies(threads: int, buffer_bytes: int) -> dict[str, Callable[[], object]]:
+def _copies(threads: int, buffer_bytes: int) -> tuple[Callable[[], object], ...]:
     source, target = torch.ones(buffer_bytes // 4), torch.zeros(buffer_bytes // 4)
     part = buffer_bytes // threads
 
     def move(thread: int) -> None:
         ctypes.memmove(target.data_ptr() + thread * part, source.data_ptr() + thread * part, part)
 
-    return {"copy by copy_": lambda: target.copy_(source), "copy by memmove": lambda: _on_threads(move, threads)}
+    return lambda: target.copy_(source), lambda: _on_threads(move, threads)
 
 
 def peak_gflops(kind: str, threads: int, seconds: float = 0.5) -> float | None:
@@ -147,10 +145,14 @@ def _fastest(call: Callable[[], object], seconds: float) -> float:
     best = float("inf")
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, _seconds(call))
     return best
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 class _torch_threads:

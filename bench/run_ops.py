@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from alula.testing import compare
 from torch import Tensor
 
 UNITS = {"read": "GB/s", "copy": "GB/s", "fp32_fma": "GFLOP/s", "bf16_dot": "GFLOP/s", "int8_dot": "GOP/s"}
+BLOCKS = 8  # of rounds, each after a look at what memory allows
 COLD_CACHES = 4  # the buffers of a memory-bound case take this many times the last-level cache
 HEADER = ("case", "dtype", "engine", "median", "+-", "rate", "of limit", "alula / it")
 
@@ -88,21 +90,15 @@ def measure_case(case: Case, measured: limits.Limits, args: argparse.Namespace) 
         errors = check(case, inputs)
         right = [name for name in case.prepare if name not in errors]
         timings: dict[str, Timing] = {}
-        beside: Timing | None = None  # what memory gave in the same rounds
+        memory: BesideMemory | None = None
         if right and "alula" not in errors:
             contestants = {name: rotating(case, name, inputs) for name in right}
-            memory = limits.yardstick(case.bound, args.threads, quick=args.quick)
-            if memory is not None:
-                contestants |= memory.calls
-            if args.quick:
-                timings = interleave(contestants, seconds=0.0, min_rounds=3, warmup=1)
-            else:
-                timings = interleave(contestants, seconds=args.seconds, min_rounds=7)
-            if memory is not None:
-                beside = memory.take(timings)
+            timings, memory = time_beside_memory(
+                contestants, limits.yardstick(case.bound, args.threads, quick=args.quick), args
+            )
             del contestants
     gc.collect()
-    limit = measured.of(case.bound) if beside is None else memory.work / beside.median / 1e9
+    limit = measured.of(case.bound) if memory is None else statistics.median(memory.limits)
     for name in case.prepare:
         record: dict[str, Any] = {
             "kind": "op",
@@ -118,8 +114,8 @@ def measure_case(case: Case, measured: limits.Limits, args: argparse.Namespace) 
             timing = timings[name]
             rate = case.work / timing.median / 1e9
             share = None if limit is None else rate / limit
-            if beside is not None:
-                share = case.work / memory.work * paired_ratio(beside, timing)
+            if memory is not None:
+                share = memory.share(name, case.work)
             record |= {
                 "median_s": timing.median,
                 "q25_s": timing.quartiles[0],
@@ -134,6 +130,41 @@ def measure_case(case: Case, measured: limits.Limits, args: argparse.Namespace) 
                 "alula_ratio": None if name == "alula" else paired_ratio(timings["alula"], timing),
             }
         yield record
+
+
+@dataclasses.dataclass(frozen=True)
+class BesideMemory:
+    """What memory allowed before each block of rounds, in GB/s, and each contestant's median time in the block."""
+
+    limits: list[float]
+    medians: dict[str, list[float]]
+
+    def share(self, name: str, work: int) -> float:
+        """The share of the limit that a contestant reaches with `work` bytes: the median over the blocks."""
+        pairs = zip(self.medians[name], self.limits, strict=True)
+        return statistics.median(work / seconds / 1e9 / limit for seconds, limit in pairs)
+
+
+def time_beside_memory(
+    contestants: dict[str, Callable[[], object]], memory: limits.Yardstick | None, args: argparse.Namespace
+) -> tuple[dict[str, Timing], BesideMemory | None]:
+    """Time the contestants in turn, in blocks of rounds, with a look at memory before each block if it is the limit.
+
+    Not in every round: the yardstick evicts the contestants' code, which the warm-up of a block brings back.
+    """
+    blocks = 1 if memory is None else 2 if args.quick else BLOCKS
+    least = math.ceil((3 if args.quick else 7) / blocks)
+    beside = BesideMemory([], {name: [] for name in contestants})
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(blocks):
+        if memory is not None:
+            beside.limits.append(memory.rate())
+        seconds = 0.0 if args.quick else args.seconds / blocks
+        for name, timing in interleave(contestants, seconds=seconds, min_rounds=least, warmup=1).items():
+            samples[name] += timing.samples
+            beside.medians[name].append(timing.median)
+    timings = {name: Timing(tuple(taken)) for name, taken in samples.items()}
+    return timings, None if memory is None else beside
 
 
 def check(case: Case, inputs: Inputs) -> dict[str, str]:

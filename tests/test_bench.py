@@ -81,21 +81,22 @@ def test_a_right_op_is_timed_with_its_share_of_the_limit():
     assert torchs["alula_ratio"] > 0
 
 
-def test_memory_takes_turns_with_the_ops_that_it_limits(monkeypatch):
+def test_memory_is_looked_at_before_each_block_of_rounds(monkeypatch):
     case = quick_case()
     assert case.bound == "read"
-    taken = {"alula": (2.0, 4.0, 6.0), "torch": (4.0, 8.0, 12.0)}
-    taken |= {"read by sum": (1.0, 5.0, 6.0), "read by amax": (3.0, 2.0, 7.0)}
+    times = iter([{"alula": (2.0, 4.0, 6.0), "torch": (8.0,) * 3}, {"alula": (1.0, 1.0, 5.0), "torch": (8.0,) * 3}])
 
     def interleave(contestants, **_):
-        return {name: measure.Timing(taken[name]) for name in contestants}
+        return {name: measure.Timing(taken) for name, taken in next(times).items()}
 
+    rates = iter([3.0, 12.0])
     monkeypatch.setattr(run_ops, "interleave", interleave)
+    monkeypatch.setattr(limits.Yardstick, "rate", lambda self: next(rates))
     ours, torchs = records_of(case)
-    moved = limits.yardstick("read", 1, quick=True).work
-    assert ours["limit_value"] == moved / 2.0 / 1e9
-    assert ours["limit_share"] == pytest.approx(0.5 * case.work / moved)  # in the median round
-    assert torchs["limit_share"] == pytest.approx(0.25 * case.work / moved)
+    assert (ours["samples"], ours["median_s"], ours["limit_value"]) == (6, 3.0, 7.5)
+    work = case.work / 1e9
+    assert ours["limit_share"] == pytest.approx((work / 4 / 3 + work / 1 / 12) / 2)
+    assert torchs["limit_share"] == pytest.approx((work / 8 / 3 + work / 8 / 12) / 2)
 
 
 def test_arithmetic_is_held_against_the_peak_of_the_run(monkeypatch):
@@ -109,9 +110,8 @@ def test_arithmetic_is_held_against_the_peak_of_the_run(monkeypatch):
 def test_a_yardstick_moves_its_bytes(bound, times):
     yardstick = limits.yardstick(bound, 2, quick=True)
     assert yardstick.work == times * limits.QUICK_BUFFER_BYTES
-    assert len(yardstick.calls) == 2
-    for call in yardstick.calls.values():
-        call()
+    assert len(yardstick.ways) == 2
+    assert yardstick.rate() > 0
     assert limits.yardstick("bf16_dot", 2) is None
 
 
