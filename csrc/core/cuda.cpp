@@ -36,7 +36,7 @@ CudaStream current_stream([[maybe_unused]] int32_t index) {
               "torch has CUDA tensors, but its function aoti_torch_get_current_cuda_stream was not found in "
               "libtorch_cuda.so: this torch is not one that alula knows");
   void* handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(index, &handle));
+  TORCH_ERROR_CODE_CHECK(getter(index, &handle));
   return {&cuda_device(index), handle};
 #else
   (void)stream_getter;

@@ -16,8 +16,8 @@ namespace alula {
 // which then is no leaf, iff the source requires grad. 1 us a tensor, and only where gradients are enabled.
 inline bool requires_grad(const Tensor& t) {
   std::array<StableIValue, 1> stack = {torch::stable::detail::from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("aten::alias", "", stack.data()));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("aten::is_leaf", "", stack.data()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("aten::alias", "", stack.data()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("aten::is_leaf", "", stack.data()));
   return !torch::stable::detail::to<bool>(stack[0]);
 }
 

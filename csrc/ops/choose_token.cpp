@@ -47,8 +47,9 @@ void choose_on_cuda(const ChooseTokenArgs& args, const Tensor& like) {
 }
 
 void choose_token(const Tensor& scores, const OptionalTensor& drawn, const Tensor& pad_id,
-                  const OptionalTensor& eos_ids, bool advances, Tensor tokens, Tensor running, Tensor out, Tensor step,
-                  Tensor report, Tensor lengths, Tensor positions, Tensor slots, Tensor seen) {
+                  const OptionalTensor& eos_ids, bool advances, const Tensor& tokens, const Tensor& running,
+                  const Tensor& out, const Tensor& step, const Tensor& report, const Tensor& lengths,
+                  const Tensor& positions, const Tensor& slots, const Tensor& seen) {
   const Place place = place_of(scores, "scores");
   value_dtype(scores, "scores");
   check_shape(scores, "scores", {-1, -1}, "[R, V]");
