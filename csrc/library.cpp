@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(alula, m) {
   m.def("dequantize_weight(Tensor packed, int out_features, int in_features, int format, ScalarType dtype) -> Tensor");
   m.def("embedding(Tensor input_ids, Tensor packed, int num_embeddings, int embedding_dim, Tensor? position_ids, Tensor? position_table, Tensor? token_type_ids, Tensor? token_type_table=None, float scale=1.0, int format=0, ScalarType? dtype=None) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, int out_features, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int activation, Tensor? residual, int format=0) -> Tensor");
+  m.def("cache_layers(Tensor like, int count, int[] sizes) -> Tensor[]");
   m.def("qkv_projection(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int num_heads, int num_kv_heads, int head_dim, Tensor(a!) kv_cache, Tensor positions, Tensor? rotary_table=None, Tensor? rotary_positions=None, Tensor(b!)? mlp=None, int mlp_activation=0, int format=0) -> Tensor");
   m.def("rotary(Tensor q, Tensor k, Tensor positions, Tensor table, bool is_interleaved) -> (Tensor, Tensor)");
   m.def("rotary_(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor table, bool is_interleaved) -> ()");

@@ -85,6 +85,7 @@ ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "decoder_blocks": _decoder_blocks,
     "scaled_masked_softmax": lambda: [torch.randn(2, 2, 3, 4), torch.randn(3, 4), 1.0, False, None],
     "layer_norm": _layer_norm,
+    "cache_layers": lambda: [torch.randn(1), 2, [3]],
     "choose_token": lambda: [torch.randn(3, 9), None, torch.tensor([0]), None, True, *state_of(3)],
 }
 

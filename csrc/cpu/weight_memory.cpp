@@ -12,10 +12,11 @@ namespace {
 constexpr size_t kSlabBytes = 64 << 20;
 constexpr size_t kAlignment = 64;
 constexpr size_t kPage = 4096;
+constexpr size_t kLargePage = 2 << 20;
 
 constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
-// A mapping that weights are cut from, one after the other. It lives as long as any of them.
+// A mapping that tensors are cut from, one after the other. It lives as long as any of them.
 class Slab {
  public:
   explicit Slab(size_t bytes) : size_(bytes) {
@@ -69,7 +70,7 @@ Piece take(size_t bytes) {
   State& s = state();
   const std::lock_guard lock(s.mutex);
   if (bytes > kSlabBytes / 4) {  // a mapping of its own: at most a quarter of a slab is left empty
-    auto slab = std::make_shared<Slab>(round_up(bytes, size_t{2} << 20) + (size_t{2} << 20));
+    auto slab = std::make_shared<Slab>(round_up(bytes, kLargePage) + kLargePage);
     void* data = slab->take(bytes);
     return {slab, data};
   }
@@ -81,9 +82,12 @@ Piece take(size_t bytes) {
   return {s.current, data};
 }
 
-}  // namespace
+struct Layout {
+  std::vector<int64_t> strides;
+  size_t bytes;
+};
 
-Tensor new_weight_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+Layout contiguous(const std::vector<int64_t>& sizes, ScalarType dtype) {
   int64_t count = 1;
   std::vector<int64_t> strides(sizes.size());
   for (size_t i = sizes.size(); i-- > 0;) {
@@ -91,16 +95,41 @@ Tensor new_weight_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
     count *= sizes[i];
   }
   const size_t element = dtype == ScalarType::Byte ? 1 : dtype == ScalarType::Float ? 4 : 2;
-  const size_t bytes = static_cast<size_t>(count) * element;
-  if (bytes < kPage) return torch::stable::empty(sizes, dtype);
-  Piece piece = take(bytes);
-  const auto release = [slab = piece.slab, bytes](void* data) mutable {
+  return {std::move(strides), static_cast<size_t>(count) * element};
+}
+
+Tensor tensor_in(Piece piece, const std::vector<int64_t>& sizes, const Layout& layout, ScalarType dtype) {
+  const auto release = [slab = std::move(piece.slab), bytes = layout.bytes](void* data) mutable {
     const std::lock_guard lock(state().mutex);
     slab->release(data, bytes);
     slab.reset();
   };
-  return torch::stable::from_blob(piece.data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  dtype, release);
+  return torch::stable::from_blob(piece.data, sizes, layout.strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype, release);
+}
+
+}  // namespace
+
+Tensor new_weight_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  const Layout layout = contiguous(sizes, dtype);
+  if (layout.bytes < kPage) return torch::stable::empty(sizes, dtype);
+  return tensor_in(take(layout.bytes), sizes, layout, dtype);
+}
+
+std::vector<Tensor> new_cache_tensors(int64_t count, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  const Layout layout = contiguous(sizes, dtype);
+  const size_t all = static_cast<size_t>(count) * round_up(layout.bytes, kAlignment);
+  std::vector<Tensor> tensors;
+  tensors.reserve(static_cast<size_t>(count));
+  if (all < 2 * kLargePage) {
+    for (int64_t i = 0; i < count; i++) tensors.push_back(torch::stable::empty(sizes, dtype));
+    return tensors;
+  }
+  const auto slab = std::make_shared<Slab>(round_up(all, kLargePage));
+  for (int64_t i = 0; i < count; i++) {
+    tensors.push_back(tensor_in({slab, slab->take(layout.bytes)}, sizes, layout, dtype));
+  }
+  return tensors;
 }
 
 }  // namespace alula

@@ -133,6 +133,23 @@ const W* keys_of(const AttentionArgs& args, const AttentionTile& tile) {
   return static_cast<const W*>(args.kv_cache) + tile.batch * args.kv_strides[0] + tile.kv_head * args.kv_strides[1];
 }
 
+// What is read after a key tile of `source`: the next one, or the first one of the tile `after`, which may be null.
+template <typename W>
+Ahead ahead_of(const AttentionArgs& args, const KeyValues<W>& source, const KeyTile& next, const AttentionTile* after) {
+  const W* from = source.data;
+  int64_t count = 0;
+  if (next.count > 0) {
+    from += next.first * source.stride;
+    count = next.count;
+  } else if (after) {
+    from = keys_of<W>(args, *after);
+    count = after->limit < kKeysAtOnce ? after->limit : kKeysAtOnce;
+  }
+  if (source.stride != 2 * source.head_dim) count = 0;  // slots do not follow one another, as they do in a cache
+  const auto* at = reinterpret_cast<const char*>(from);
+  return {at, count > 0 ? at + count * source.stride * static_cast<int64_t>(sizeof(W)) - 1 : at};
+}
+
 // `after`: the tile that this thread takes up next, may be null.
 template <typename W>
 void attend_key_tile(const AttentionArgs& args, const AttentionTile& tile, const AttentionTile* after,
@@ -144,13 +161,7 @@ void attend_key_tile(const AttentionArgs& args, const AttentionTile& tile, const
   };
   const KeyTile keys = key_tile(index), next = key_tile(index + 1);
   if (tile.num_rows <= kFewRows) {
-    ptrdiff_t ahead = 0;
-    if (next.count > 0) {
-      ahead = kKeysAtOnce * source.stride;
-    } else if (after) {
-      ahead = keys_of<W>(args, *after) - (source.data + keys.first * source.stride);
-    }
-    attend_few(query, source, keys, ahead);
+    attend_few(query, source, keys, ahead_of(args, source, next, after));
   } else {
     attend(query, source, keys, &next, packed);
   }

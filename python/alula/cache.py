@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alula import ops
 from alula.config import PretrainedConfig
 
 __all__ = ["CrossKeyValues", "KVCache"]
@@ -279,8 +280,8 @@ class KVCache:
             if self._shared_layer:
                 self.layers = [torch.empty(shape, dtype=self.dtype, device=self.device)] * self.num_layers
             else:
-                for i in range(self.num_layers):
-                    grown = torch.empty(shape, dtype=self.dtype, device=self.device)
+                like = torch.empty(0, dtype=self.dtype, device=self.device)
+                for i, grown in enumerate(ops.cache_layers(like, self.num_layers, shape)):
                     if i < len(self.layers):
                         grown[:, :, : self._longest] = self.layers[i][:, :, : self._longest]
                         self.layers[i] = grown

@@ -12,6 +12,7 @@ N output features, K input features, V vocabulary, P positions.
 from alula.activations import ACTIVATIONS
 from alula.ops.attention import attention
 from alula.ops.block_sparse_attention import block_sparse_attention, block_sparse_probabilities
+from alula.ops.cache_layers import cache_layers
 from alula.ops.choose_token import RowState, choose_token
 from alula.ops.decoder_blocks import DecoderBlocks
 from alula.ops.embedding import embedding
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "block_sparse_attention",
     "block_sparse_probabilities",
+    "cache_layers",
     "choose_token",
     "embedding",
     "layer_norm",

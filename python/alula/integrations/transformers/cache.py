@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache, StaticLayer
 
+from alula import ops
 from alula.integrations.transformers.versions import parameters
 
 __all__ = ["FixedLayer", "GrowingLayer", "adopt", "decoder_cache", "has_our_layers", "make_cache", "merged_view"]
@@ -121,7 +122,7 @@ class GrowingLayer(_MergedLayer, DynamicLayer):
     def _copy(capacity: int, merged: Tensor, length: int, rows: Tensor | None = None) -> Tensor:
         batch = merged.shape[0] if rows is None else rows.shape[0]
         with torch.inference_mode(False), torch.no_grad():
-            copy = merged.new_empty((batch, merged.shape[1], capacity, merged.shape[3]))
+            copy = ops.cache_layers(merged, 1, (batch, merged.shape[1], capacity, merged.shape[3]))[0]
             if length:
                 source = merged[:, :, :length]
                 copy[:, :, :length] = source if rows is None else source.index_select(0, rows)

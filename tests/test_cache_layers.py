@@ -1,0 +1,62 @@
+"""cache_layers: memory for keys and values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from alula import ops
+
+SIZES = [(0, 3, (2, 3)), (2, 3, (0, 16)), (3, 1, (1, 1, 5, 16)), (12, 1, (1, 12, 512, 128)), (2, 1, (1, 4, 4096, 128))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("count", "repeats", "sizes"), SIZES)
+def test_tensors_that_share_nothing(dtype, count, repeats, sizes) -> None:
+    for _ in range(repeats):
+        layers = ops.cache_layers(torch.empty(0, dtype=dtype), count, sizes)
+        assert len(layers) == count
+        for i, layer in enumerate(layers):
+            assert layer.shape == sizes
+            assert layer.dtype == dtype
+            assert layer.is_contiguous()
+            assert layer.numel() == 0 or layer.data_ptr() % 64 == 0
+            layer.fill_(i)
+        assert all(bool((layer == i).all()) for i, layer in enumerate(layers))
+        assert len({layer.untyped_storage().data_ptr() for layer in layers if layer.numel()}) in (0, count)
+
+
+def test_one_tensor_outlives_the_others() -> None:
+    layers = ops.cache_layers(torch.empty(0), 4, (1, 2, 4096, 128))
+    last = layers[2].fill_(7)
+    del layers
+    assert bool((last == 7).all())
+
+
+def test_memory_goes_back_tensor_by_tensor() -> None:
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    layers = [layer.fill_(1) for layer in ops.cache_layers(torch.empty(0), 4, (1, 8, 4096, 128))]
+    before = resident()
+    del layers[1], layers[1]
+    assert before - resident() > 30 << 20  # two of 16 MiB
+    assert all(bool((layer == 1).all()) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("like", "count", "sizes", "message"),
+    [
+        (torch.empty(0, dtype=torch.int64), 1, (2,), "like has dtype"),
+        (torch.empty(0), -1, (2,), "count is -1"),
+        (torch.empty(0), 1, (2, -3), "sizes holds -3"),
+    ],
+)
+def test_bad_arguments(like, count, sizes, message) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.cache_layers(like, count, sizes)
+
+
+def test_opcheck() -> None:
+    checks = ("test_schema", "test_faketensor")  # values are undefined
+    torch.library.opcheck(torch.ops.alula.cache_layers, (torch.empty(0), 2, [1, 2, 3]), test_utils=checks)
