@@ -284,6 +284,8 @@ def test_a_row_has_the_same_bits_in_any_batch(tokens: int, past: int, dtype: tor
     [
         shapes.Attention(1, 1, 1499, 12, 1, 64),
         shapes.Attention(1, 1, 700, 3, 3, 64),
+        shapes.Attention(1, 1, 128, 16, 1, 128),
+        shapes.Attention(1, 3, 140, 11, 1, 128),
         shapes.Attention(8, 1, 200, 12, 1, 64),
         shapes.Attention(1, 200, 30, 4, 1, 64),
         shapes.Attention(3, 50, 0, 5, 5, 40),
