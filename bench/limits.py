@@ -90,7 +90,7 @@ def yardstick(bound: str, threads: int, *, quick: bool = False) -> Yardstick | N
     """
     buffer_bytes = QUICK_BUFFER_BYTES if quick else BUFFER_BYTES
     if bound == "read":
-        buffer = torch.ones(buffer_bytes // 4)
+        buffer = alula.limits.large_page_ones(buffer_bytes // 4)
         return Yardstick((buffer.sum, buffer.amax), buffer_bytes)
     if bound == "copy":
         return Yardstick(_copies(threads, buffer_bytes), 2 * buffer_bytes)

@@ -1,7 +1,10 @@
 """The command line as a person uses it: what is printed where, when, and what happens when something is wrong."""
 
+import errno
+import gc
 import io
 import json
+import mmap
 import os
 import pty
 import re
@@ -18,7 +21,7 @@ import torch
 from alula.cli import main
 from alula.config import AutoConfig, GPTBigCodeConfig
 from alula.generation import Generation
-from alula.limits import last_level_cache_bytes, read_bandwidth
+from alula.limits import large_page_ones, last_level_cache_bytes, read_bandwidth
 from alula.models import AutoModelForCausalLM, GPTBigCodeForCausalLM
 from alula.tokenization import AutoTokenizer
 
@@ -486,6 +489,22 @@ def test_help_and_version_do_not_wait_for_torch():
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
         assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("pages", ["large", "refused", "unknown"])
+def test_a_buffer_in_large_pages_holds_ones(pages, monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "no large pages")
+
+    if pages == "unknown":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    if pages == "refused":
+        monkeypatch.setattr(mmap, "mmap", Refusing)
+    ones = large_page_ones(1_000_003)
+    gc.collect()
+    assert (ones.dtype, ones.shape, ones.sum().item()) == (torch.float32, (1_000_003,), 1_000_003)
+    assert pages == "unknown" or ones.data_ptr() % (2 << 20) == 0
 
 
 def test_read_bandwidth_is_a_bandwidth():
