@@ -10,11 +10,11 @@
 // above.
 //
 // One core of an AMD EPYC (Zen 4, AVX-512), rows of 2048 that L2 holds, ns per 16 scores of bf16, which a copy beyond
-// the caches with two cores at work takes 2.3 to 3.3 for: 2.9, with a bf16 mask 3.5. It was 4.9 with exp, 4.0 with 2^x,
-// 3.1 since even and odd neighbours are widened and narrowed apart, 2.9 since its polynomial is of degree 4. A cubic
-// would take 2.7 (relative error 8.6e-5); integer instructions in place of vreduceps and vscalefps 3.3 to 3.4. The
-// passes take 0.4, 1.9 and 0.5; the second one's instructions keep all four pipes busy for 1.5. Finding the next row's
-// maximum beside it: 3.3.
+// the caches with two cores at work takes 2.3 to 3.3 for: 2.9, with a bf16 mask 3.0 (3.5 with v made anew in pass 2).
+// It was 4.9 with exp, 4.0 with 2^x, 3.1 since even and odd neighbours are widened and narrowed apart, 2.9 since its
+// polynomial is of degree 4. A cubic would take 2.7 (relative error 8.6e-5); integer instructions in place of vreduceps
+// and vscalefps 3.3 to 3.4. The passes take 0.4, 1.9 and 0.5; the second one's instructions keep all four pipes busy
+// for 1.5. Finding the next row's maximum beside it: 3.3.
 //
 // The next row is fetched into L2. Into L1, of which this row, its mask and e take most, reads 5 to 20 % slower.
 //
@@ -89,18 +89,33 @@ float exponentials(const void* scores, const void* mask, float scale, int64_t n,
   };
   const int rest = static_cast<int>(n % kWidth);
   const int64_t whole = n - rest, twos = paired_part(n);
+  // An additive mask makes v dear: it waits where its exponential will lie.
+  constexpr bool kKept = !std::is_same_v<Mask, NoMask> && !std::is_same_v<Mask, bool>;
+  const auto found = [&](int64_t j, Vec v) {
+    if constexpr (kKept) store(e + j, v);
+    return v;
+  };
+  const auto again = [&](int64_t j) {
+    if constexpr (kKept) return load(e + j);
+    return row(j);
+  };
 
   Vec most[4];  // independent maxima hide the latency
   for (Vec& each : most) each = broadcast(-kInfinity);
   int64_t j = 0;
   for (; j + 4 * kWidth <= n; j += 4 * kWidth) {
     const TwoVecs v = two(j), w = two(j + 2 * kWidth);
-    most[0] = max(most[0], v.a);
-    most[1] = max(most[1], v.b);
-    most[2] = max(most[2], w.a);
-    most[3] = max(most[3], w.b);
+    most[0] = max(most[0], found(j, v.a));
+    most[1] = max(most[1], found(j + kWidth, v.b));
+    most[2] = max(most[2], found(j + 2 * kWidth, w.a));
+    most[3] = max(most[3], found(j + 3 * kWidth, w.b));
   }
-  for (; j < whole; j += kWidth) most[0] = max(most[0], row(j));
+  for (; j + 2 * kWidth <= n; j += 2 * kWidth) {
+    const TwoVecs v = two(j);
+    most[0] = max(most[0], found(j, v.a));
+    most[1] = max(most[1], found(j + kWidth, v.b));
+  }
+  for (; j < whole; j += kWidth) most[0] = max(most[0], found(j, row(j)));
   if (rest > 0) most[0] = max(most[0], row(j, rest));
   const float m = reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
 
@@ -128,7 +143,7 @@ float exponentials(const void* scores, const void* mask, float scale, int64_t n,
     };
     for (; i < twos; i += 2 * kWidth) {
       fetch_next(i);
-      const TwoVecs v = two(i);
+      const TwoVecs v = kKept ? TwoVecs{load(e + i), load(e + i + kWidth)} : two(i);
       const Vec a = exponential(v.a), b = exponential(v.b);
       store(e + i, a);
       store(e + i + kWidth, b);
@@ -137,7 +152,7 @@ float exponentials(const void* scores, const void* mask, float scale, int64_t n,
     }
     if (i < n) fetch_next(i);
     for (; i < whole; i += kWidth) {
-      const Vec a = exponential(row(i));
+      const Vec a = exponential(again(i));
       store(e + i, a);
       sum[0] = sum[0] + a;
     }
@@ -178,7 +193,8 @@ void write_row(const float* e, float factor, int64_t, int64_t n, void* out) {
     j = end;
   }
   for (; j + kWidth <= n; j += kWidth) store_or_stream<kPastCaches>(y + j, load(e + j) * f);
-  if (j < n) store(y + j, load(e + j, static_cast<int>(n - j)) * f, static_cast<int>(n - j));
+  const int rest = static_cast<int>((n - j) & (kWidth - 1));
+  if (rest > 0) store(y + j, load(e + j, rest) * f, rest);
 }
 
 // The same where the first `paired` exponentials lie as pairs. A row that goes past the caches begins at a cache line.
