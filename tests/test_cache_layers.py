@@ -49,7 +49,11 @@ def test_memory_goes_back_tensor_by_tensor() -> None:
     [
         (torch.empty(0, dtype=torch.int64), 1, (2,), "like has dtype"),
         (torch.empty(0), -1, (2,), "count is -1"),
+        (torch.empty(0), 2**62, (2,), "count is 4611686018427387904; accepted: 0 to 1048576"),
         (torch.empty(0), 1, (2, -3), "sizes holds -3"),
+        (torch.empty(0), 2, (2**44 + 1, 2**21), r"more than 2\^47 bytes"),  # its product wraps to 2 MiB
+        (torch.empty(0), 2, (0, 2**40, 2**40), r"more than 2\^47 bytes"),
+        (torch.empty(0), 2, (2**40, 2**40), r"more than 2\^47 bytes"),
     ],
 )
 def test_bad_arguments(like, count, sizes, message) -> None:
