@@ -24,6 +24,7 @@ std::vector<Tensor> cache_layers(const Tensor& like, int64_t count, const std::v
   }
   if (!place.is_cuda()) return new_cache_tensors(count, sizes, like.scalar_type());
   std::vector<Tensor> layers;
+  layers.reserve(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; i++) layers.push_back(new_tensor(sizes, like.scalar_type(), place));
   return layers;
 }
