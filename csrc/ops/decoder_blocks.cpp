@@ -336,6 +336,7 @@ Tensor decoder_blocks(const Tensor& x, int64_t id, const std::vector<Tensor>& kv
               " rows: ", in_team ? "one team for all" : "a parallel_for for each product",
               stops_early ? ", the last one for the tokens kept" : "");
   std::vector<Block> blocks;
+  blocks.reserve(layers);
   for (size_t layer = 0; layer < layers - stops_early; layer++) blocks.push_back(calls.block(layer, layer == 0));
   if (in_team) {
     run_in_team(blocks, products, kernels);
