@@ -38,31 +38,28 @@ ALULA_INLINE Vec exp(Vec x) { return exp_in_range(max(broadcast(-104.0f), min(br
 // For x <= 0, or NaN.
 ALULA_INLINE Vec exp_of_negative(Vec x) { return exp_in_range(max(broadcast(-104.0f), x)); }
 
-// 2^x: 2^floor(x) times a polynomial in the fraction. Relative error 1.8e-7 for every x, the infinities included; where
-// x is a rounded product y / ln 2 the result is exp(y) within |y| * 1.2e-7 more. AVX-512 takes 8 instructions for it.
-ALULA_INLINE Vec exp2(Vec x) {
+// 2^floor(x) times a polynomial in the fraction, which has the coefficients from the highest power to the first and
+// ends in 1.
+template <typename... Floats>
+ALULA_INLINE Vec exp2_by(Vec x, float highest, Floats... coefficients) {
   if constexpr (!kScaleTakesAnyPower) x = max(broadcast(-151.0f), min(broadcast(129.0f), x));
   const Vec r = above_floor(x);
-  Vec p = broadcast(0x1.e97502p-10f);
-  p = fma(p, r, broadcast(0x1.277852p-7f));
-  p = fma(p, r, broadcast(0x1.c91ce4p-5f));
-  p = fma(p, r, broadcast(0x1.ebdb5cp-3f));
-  p = fma(p, r, broadcast(0x1.62e4bap-1f));
+  Vec p = broadcast(highest);
+  ((p = fma(p, r, broadcast(coefficients))), ...);
   p = fma(p, r, broadcast(1.0f));
   return scale_by_power_of_two(p, kScaleTakesAnyPower ? x : x - r);  // which drops the fraction by itself
+}
+
+// 2^x, relative error 1.8e-7 for every x, the infinities included; where x is a rounded product y / ln 2 the result is
+// exp(y) within |y| * 1.2e-7 more. AVX-512 takes 8 instructions for it.
+ALULA_INLINE Vec exp2(Vec x) {
+  return exp2_by(x, 0x1.e97502p-10f, 0x1.277852p-7f, 0x1.c91ce4p-5f, 0x1.ebdb5cp-3f, 0x1.62e4bap-1f);
 }
 
 // The same for a result that will be rounded to bf16 or fp16: relative error 2.9e-6, a 168th of what rounding to fp16
 // may add.
 ALULA_INLINE Vec exp2_to_16_bits(Vec x) {
-  if constexpr (!kScaleTakesAnyPower) x = max(broadcast(-151.0f), min(broadcast(129.0f), x));
-  const Vec r = above_floor(x);
-  Vec p = broadcast(0x1.b7f734p-7f);
-  p = fma(p, r, broadcast(0x1.abf868p-5f));
-  p = fma(p, r, broadcast(0x1.ee2452p-3f));
-  p = fma(p, r, broadcast(0x1.62d6c6p-1f));
-  p = fma(p, r, broadcast(1.0f));
-  return scale_by_power_of_two(p, kScaleTakesAnyPower ? x : x - r);
+  return exp2_by(x, 0x1.b7f734p-7f, 0x1.abf868p-5f, 0x1.ee2452p-3f, 0x1.62d6c6p-1f);
 }
 
 // 1 / (1 + exp(-x)), for negative x as exp(x) / (1 + exp(x)): exp(-x) would overflow where the result is not yet 0.
