@@ -306,13 +306,13 @@ void softmax(const ScaledMaskedSoftmaxArgs& args, int64_t first, int64_t last, f
     const char* row = static_cast<const char*>(args.scores) + r * keys * bytes;
     const void* mask = mask_row(args, r, n, gathered_mask);
     const void* next_mask = args.mask_key_stride == 1 && r + 1 < last ? mask_row(args, r + 1, n, nullptr) : mask;
-    const float sum = exponentials_of(row, mask, args.scale, n, row + keys * bytes, next_mask, e);
     int64_t end = (n + kLineKeys - 1) / kLineKeys * kLineKeys;
     if (end > keys) end = keys;
-    for (int64_t j = n; j < end; j++) e[j] = 0.0f;
     char* out = static_cast<char*>(args.out) + r * keys * out_bytes;
-    write(e, sum == 0.0f ? 0.0f : 1.0f / sum, paired_part(n), end, out);
     write_zeros(out + end * out_bytes, (keys - end) * out_bytes, args.writes_past_caches);
+    const float sum = exponentials_of(row, mask, args.scale, n, row + keys * bytes, next_mask, e);
+    for (int64_t j = n; j < end; j++) e[j] = 0.0f;
+    write(e, sum == 0.0f ? 0.0f : 1.0f / sum, paired_part(n), end, out);
   }
   if (args.writes_past_caches) stream_fence();
 }
