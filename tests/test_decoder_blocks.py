@@ -146,6 +146,33 @@ def test_fewer_tokens_kept_are_the_same_bits(
             assert_equal_bits(kv, other)
 
 
+@pytest.mark.parametrize("count", [1, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("is_parallel", [False, True], ids=["sequential", "parallel"])
+def test_a_batch_without_its_padding_has_the_same_bits(
+    shape: tuple[int, int, int], is_parallel: bool, count: int, dtype: torch.dtype, isa: str
+) -> None:
+    """Rows with much padding in front run one by one; not with padding elsewhere, nor where all of it is kept."""
+    stack = make_stack(shape, dtype, is_parallel)
+    tokens, past = 39, [0, 1, 0, 0]
+    real = torch.ones(4, tokens, dtype=torch.bool)
+    for row, padding in enumerate((0, 30, 13, 33)):
+        real[row, :padding] = False
+    for hole in (None, (2, 20), (3, 35), (1, slice(None))):
+        if hole is not None:
+            real[hole] = False
+        slots = real.cumsum(1).sub(1) + torch.tensor(past).unsqueeze(1)
+        inputs = make_inputs(stack, (4, tokens), dtype)._replace(
+            positions=slots.masked_fill(~real, -1).int(), lengths=(slots[:, -1] + 1).int()
+        )
+        inputs, again = (copy.deepcopy(t) for t in [inputs] * 2)
+        options = {"head_masks": [torch.rand(shape[0]) for _ in range(LAYERS)]}
+        kept = run(stack, inputs, **options, tokens_to_keep=count)
+        assert_equal_bits(kept, run(stack, again, **options)[:, -count:])
+        for kv, other in zip(inputs.kv_caches, again.kv_caches, strict=True):
+            assert_equal_bits(kv, other)
+
+
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 @pytest.mark.parametrize("is_parallel", [False, True], ids=["sequential", "parallel"])
 def test_against_the_reference(is_parallel: bool, activation: str, isa: str) -> None:

@@ -99,7 +99,8 @@ class DecoderBlocks:
             positions, lengths, mask, causal: as :func:`attention`. rotary_table, rotary_positions: as
                 :func:`qkv_projection`.
             tokens_to_keep: n > 0 for the output of the last n tokens only, [B, n, E], which costs less: of the others
-                the last block stores keys and values and computes no more. 0, or n >= T: of all.
+                the last block stores keys and values and computes no more. Rows with much padding in front of their
+                tokens then run one by one without it, to the same bits. 0, or n >= T: of all.
 
         Raises: RuntimeError for shapes, dtypes, counts or indices that do not fit, before anything is written.
         """
