@@ -128,6 +128,19 @@ def test_infinite_and_nan_scores(dtype: torch.dtype, isa: str) -> None:
     assert out[[0, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("keys", [37, 130, 192])
+def test_a_nan_spoils_what_the_causal_limit_hides_of_its_row(keys: int, dtype: torch.dtype, isa: str) -> None:
+    scores = torch.randn(5, keys, keys).to(dtype)
+    scores[1, :, 0], scores[2, 0, 0], scores[3, :, keys - 1] = torch.nan, torch.inf, torch.nan
+    out = check(scores, causal=True)
+    assert out[1].isnan().all()
+    assert out[2, 0].isnan().all()
+    assert out[3, -1].isnan().all()
+    assert out[3, :-1].isfinite().all()
+    many = scores.repeat(-(-(17 << 20) // scores.nbytes), 1, 1)  # written past the caches
+    assert_equal_bits(ops.scaled_masked_softmax(many, causal=True).isnan(), out.isnan().repeat(len(many) // 5, 1, 1))
+
+
 def test_exp_is_accurate_to_float32(isa: str) -> None:
     """The second of two probabilities, e^x / (1 + e^x), relative, down to where float32 ends."""
     x = torch.cat([torch.linspace(-87, 0, 40009), -torch.logspace(-40, 0, 2001), torch.tensor([-0.0, 0.0])])

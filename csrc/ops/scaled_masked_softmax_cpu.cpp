@@ -313,6 +313,10 @@ void softmax(const ScaledMaskedSoftmaxArgs& args, int64_t first, int64_t last, f
     const float sum = exponentials_of(row, mask, args.scale, n, row + keys * bytes, next_mask, e);
     for (int64_t j = n; j < end; j++) e[j] = 0.0f;
     write(e, sum == 0.0f ? 0.0f : 1.0f / sum, paired_part(n), end, out);
+    if (sum != sum && end < keys) {  // the whole row is NaN
+      if (args.writes_past_caches) stream_fence();
+      std::memset(out + end * out_bytes, 0xff, static_cast<size_t>((keys - end) * out_bytes));
+    }
   }
   if (args.writes_past_caches) stream_fence();
 }
