@@ -108,6 +108,19 @@ def test_wrong_scores_are_refused() -> None:
             ops.choose_token(scores, state_of(3), torch.tensor([0]))
 
 
+@pytest.mark.parametrize("token", [-1, 8, 2**40])
+def test_a_drawn_token_that_there_is_not(token: int) -> None:
+    """Rows that have ended take none."""
+    state = state_of(3, num_running=2)
+    before, drawn, pad = copy_of(state), torch.tensor([7, token, 0]), torch.tensor([0])
+    with pytest.raises(RuntimeError, match=rf"drawn holds {token} for row 1; accepted: 0 to 7"):
+        ops.choose_token(torch.randn(3, 8), state, pad, drawn=drawn)
+    compare(state, before)
+    scores, drawn = torch.randn(3, 8), torch.tensor([7, 0, token])
+    ops.choose_token(scores, state, pad, drawn=drawn)
+    compare(state, reference.choose_token(scores, before, pad, drawn=drawn))
+
+
 def test_opcheck() -> None:
     given = (torch.randn(3, 40), None, torch.tensor([0]), torch.tensor([5]), True, *state_of(3))
     torch.library.opcheck(torch.ops.alula.choose_token, given)

@@ -20,7 +20,16 @@ void check_state(const Tensor& t, const char* name, ScalarType dtype, std::initi
   ALULA_CHECK(t.is_contiguous(), name, " is not contiguous");
 }
 
+// A token that is taken is one that there is. On a GPU the embedding that reads it says so.
+void check_drawn(const ChooseTokenArgs& args) {
+  for (int64_t row = 0; args.drawn && row < args.rows; row++) {
+    ALULA_CHECK(!args.running[row] || (args.drawn[row] >= 0 && args.drawn[row] < args.vocab_size), "drawn holds ",
+                args.drawn[row], " for row ", row, "; accepted: 0 to ", args.vocab_size - 1);
+  }
+}
+
 void choose_on_cpu(const ChooseTokenArgs& args) {
+  check_drawn(args);
   const auto* scores = static_cast<const float*>(args.scores);
   const int64_t step = args.step[0];
   for (int64_t row = 0; row < args.rows; row++) {

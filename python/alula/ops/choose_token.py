@@ -49,10 +49,12 @@ def choose_token(
             than all numbers.
         state: written. Rows that do not run get ``pad_id`` (int64 [1]) in ``out`` and stay as they are.
         eos_ids: int64 [E]; a row that chooses one of them has ended.
-        drawn: int64 [R], taken in place of the largest; ``scores`` are then looked at for ``report`` alone.
+        drawn: int64 [R], taken in place of the largest; ``scores`` are then looked at for ``report`` alone. Of running
+            rows in 0..V-1; on a GPU the embedding that reads another one names it.
         advances: the newest tokens have been stored since the last call, so lengths and positions of running rows grow.
 
-    Raises: RuntimeError for shapes, dtypes or devices that do not fit, before anything is written.
+    Raises: RuntimeError for shapes, dtypes or devices that do not fit, and on the CPU for tokens that there are not,
+    before anything is written.
     """
     refuse_grad(scores)
     torch.ops.alula.choose_token(scores, drawn, pad_id, eos_ids, advances, *state)
