@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from alula import ops as on_cpu
 from alula.ops import rotary_table
 from alula.testing import hostile, reference, shapes
 from alula.testing.compare import assert_close, assert_equal_bits
@@ -72,6 +73,16 @@ def test_activations_over_their_range(ops: Ops, activation: str) -> None:
     y = ops.linear(torch.ones(1, 1), x[:, None], activation=activation)
     expected = reference.ACTIVATIONS[activation](x.double())
     assert_close(y[0], expected, magnitude=expected.abs().nan_to_num(1.0).clamp(min=1.0), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+def test_activations_of_infinities_are_those_of_the_cpu(ops: Ops, activation: str, rows: int) -> None:
+    bias = torch.tensor([-torch.inf, torch.inf, torch.nan, -3e38, 3e38, -1e19, -105.0, -0.0, 0.0])
+    x, weight = torch.zeros(rows, 16), torch.zeros(len(bias), 16)
+    y = ops.linear(x, weight, bias, activation=activation)
+    expected = on_cpu.linear(x, on_cpu.pack(weight), bias, activation=activation).double()
+    assert_close(y, expected, magnitude=expected.abs().nan_to_num(1.0, 1.0).clamp(min=1e-30), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,11 +9,9 @@ namespace alula {
 // 1 / (1 + exp(-x)): exp overflows to inf where the result is 0.
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// What is left of 0 in x times a distribution's share below x is 0 long before x is -inf, where the product is NaN.
-__device__ __forceinline__ float gelu(float x) {
-  return x < -14.5f ? -0.0f : 0.5f * x * erfcf(-0.70710678118654752f * x);
-}
-__device__ __forceinline__ float x_sigmoid(float x, float y) { return y < -104.0f ? -0.0f : x * sigmoid(y); }
+// x times a share that is 0 long before x is -inf, where the product is NaN: as on the CPU, and in PyTorch.
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(-0.70710678118654752f * x); }
+__device__ __forceinline__ float x_sigmoid(float x, float y) { return x * sigmoid(y); }
 
 // max(x, 0), NaN kept.
 __device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
@@ -25,14 +23,14 @@ __device__ inline __attribute__((noinline)) float activate_rarely(Activation act
     case Activation::kGelu10:
       return x > 10.0f ? 10.0f : gelu(x);  // gelu is above -10 anyway
     case Activation::kHardswish:
-      return x < -3.0f ? -0.0f : x * (relu6(x + 3.0f) * (1.0f / 6.0f));
+      return x * (relu6(x + 3.0f) * (1.0f / 6.0f));
     case Activation::kLaplace:
       return 0.5f * erfcf((0.707107f - x) * 2.5066264243838f);  // 1 / (sqrt(2) 0.282095)
     case Activation::kLeakyRelu:
       return x < 0.0f ? 0.01f * x : x;
     case Activation::kMish: {  // as in cpu/vec_math.h
       const float e = expf(-fabsf(x)), n = e + e + (x < 0.0f ? e * e : 1.0f);
-      return x < -104.0f ? -0.0f : x * (n / (n + (x < 0.0f ? 2.0f : 2.0f * e * e)));
+      return x * (n / (n + (x < 0.0f ? 2.0f : 2.0f * e * e)));
     }
     case Activation::kQuickGelu:
       return x_sigmoid(x, 1.702f * x);
