@@ -61,6 +61,11 @@ def test_bad_arguments(like, count, sizes, message) -> None:
         ops.cache_layers(like, count, sizes)
 
 
+def test_more_than_there_is() -> None:
+    with pytest.raises(RuntimeError, match=r"there is no memory for 140737488355328 bytes"):
+        ops.cache_layers(torch.empty(0), 2, (2**44,))
+
+
 def test_opcheck() -> None:
     checks = ("test_schema", "test_faketensor")  # values are undefined
     torch.library.opcheck(torch.ops.alula.cache_layers, (torch.empty(0), 2, [1, 2, 3]), test_utils=checks)

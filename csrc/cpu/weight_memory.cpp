@@ -4,7 +4,6 @@
 
 #include <memory>
 #include <mutex>
-#include <new>
 
 namespace alula {
 namespace {
@@ -21,7 +20,7 @@ class Slab {
  public:
   explicit Slab(size_t bytes) : size_(bytes) {
     base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base_ == MAP_FAILED) throw std::bad_alloc();
+    ALULA_CHECK(base_ != MAP_FAILED, "there is no memory for ", size_, " bytes");
     ask_for_large_pages(base_, static_cast<int64_t>(size_));
   }
   Slab(const Slab&) = delete;
