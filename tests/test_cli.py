@@ -286,6 +286,10 @@ def test_errors_are_one_line_that_says_what_to_do(folder, capsys, tmp_path, monk
     give_stdin(monkeypatch, b"")
     assert main(["generate", *model]) == 2
     assert "the prompt is empty" in capsys.readouterr().err
+    environment = {**os.environ, "ALULA_FORCE_ISA": "AVX2"}
+    done = subprocess.run([*COMMAND, "generate", "x", *model], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"alula: error: unknown instruction set 'AVX2'; this CPU has: generic")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert main(["generate", "x", *model]) == 2
     assert "pip install 'alula[text]'" in capsys.readouterr().err
@@ -345,7 +349,9 @@ def test_text_streams_and_ctrl_c_ends_it(folder):
     process = start(folder)
     out = os.read(process.stdout.fileno(), 20)
     while len(out) < 50:
-        out += os.read(process.stdout.fileno(), 20)
+        piece = os.read(process.stdout.fileno(), 20)
+        assert piece, process.communicate()
+        out += piece
     assert process.poll() is None, "the first text came before the last"
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=30)

@@ -123,7 +123,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalid choice: 'int3'" in error_of(capsys, "quantize", TINY, new, "--format", "int3")
     line = error_of(capsys, "quantize", TINY, new, "--format", "int4", "--group-size", "7")
     assert "group_size 7 does not go with format 'int4'; accepted: 32, 64, 128" in line
-    assert "does not exist" in error_of(capsys, "quantize", tmp_path / "nothing", new, "--format", "int8")
+    line = error_of(capsys, "quantize", tmp_path / "nothing", new, "--format", "int8")
+    assert f"error: IN {tmp_path / 'nothing'} does not exist; give a folder" in line
     assert main(["quantize", str(TINY), str(new), "--format", "int8"]) == 0
     capsys.readouterr()
     twice = error_of(capsys, "quantize", new, tmp_path / "twice", "--format", "int4")
@@ -140,8 +141,14 @@ def test_a_failure_leaves_nothing(
         raise OSError("disk full")
 
     monkeypatch.setattr("shutil.copyfile", fail)
-    assert "disk full" in error_of(capsys, "quantize", TINY, tmp_path / "out", "--format", "int8")
+    line = error_of(capsys, "quantize", TINY, tmp_path / "out", "--format", "int8")
+    assert line.endswith(f"error: {tmp_path / 'out'} cannot be written: disk full")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_takes_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of(capsys, "quantize", TINY, "/proc/model", "--format", "int8")
+    assert line.endswith("error: /proc/model cannot be written: No such file or directory")
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

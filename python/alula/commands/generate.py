@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from alula.models.auto import AutoModelForCausalLM
     from alula.tokenization import AutoTokenizer
 
+    _check_isa()
     AutoConfig.from_pretrained(folder)  # a folder that is no model is named as such, before its tokenizer is
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
@@ -109,6 +110,13 @@ def run(args: argparse.Namespace) -> int:
         _say(speed.line(generation))
     sys.stdout.flush()
     return 130 if is_interrupted else 0
+
+
+def _check_isa() -> None:
+    """RuntimeError for an instruction set that this CPU lacks, before the prompt is printed. torch is imported."""
+    from alula import _C
+
+    _C.isa()
 
 
 # --- what goes in ----------------------------------------------------------------------------------------------------
@@ -180,8 +188,8 @@ def _encode(tokenizer: Any, prompt: str, index: int) -> list[int]:
     return ids
 
 
-def model_folder(path: str | None) -> Path:
-    """The folder of --model, or of the model inside alula; CommandError where there is none."""
+def model_folder(path: str | None, argument: str = "--model") -> Path:
+    """The folder that `argument` gives, or of the model inside alula; CommandError where there is none."""
     if path is None:
         from importlib.resources import files
 
@@ -193,12 +201,12 @@ def model_folder(path: str | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CommandError(f"--model {path} is a file; give the folder that holds config.json and the weights")
+        raise CommandError(f"{argument} {path} is a file; give the folder that holds config.json and the weights")
     hint = ""
     if path.count("/") == 1 and not path.startswith((".", "/")):
         hint = f"; alula downloads nothing: `hf download {path} --local-dir FOLDER` fetches a model from the Hub"
     raise CommandError(
-        f"--model {path} does not exist; give a folder with config.json, weights and tokenizer.json{hint}"
+        f"{argument} {path} does not exist; give a folder with config.json, weights and tokenizer.json{hint}"
     )
 
 

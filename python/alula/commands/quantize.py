@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--calibration-tokens {args.calibration_tokens}; accepted: 1 and more")
     if args.calibration is not None and args.quantize == "int8":
         raise CommandError("--calibration goes with int4, int4_asymmetric and nf4; int8 weights lose next to nothing")
-    folder, out = model_folder(args.source), Path(args.out)
+    folder, out = model_folder(args.source, "IN"), Path(args.out)
     if os.path.lexists(out):
         raise CommandError(f"{out} exists; give a folder that does not exist yet")
     if not out.absolute().parent.is_dir():
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
             if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
                 shutil.copyfile(file, unfinished / file.name)
         os.rename(unfinished, out)
+    except OSError as error:
+        raise CommandError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     report = model.quantization_report()
