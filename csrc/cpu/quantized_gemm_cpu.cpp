@@ -243,14 +243,15 @@ void multiply_quantized_activations(const PanelGemmArgs& args, const uint8_t* pa
         const uint8_t* a = packed + row * row_bytes + block * rows * kActivationStride;
         QuantizedTile tile;
         if (f.kind == WeightKind::kInt8) {
-          tile = several && row == 0 ? quantized_tile_for<BytesRowScale, kPrefetchAhead>(rows)
-                                     : quantized_tile_for<BytesRowScale, 0>(rows);
+          tile = !several   ? quantized_tile_for<BytesRowScale, Stream::kOnce>(rows)
+                 : row == 0 ? quantized_tile_for<BytesRowScale, Stream::kFirst>(rows)
+                            : quantized_tile_for<BytesRowScale, Stream::kCached>(rows);
         } else if (unpack) {
-          tile = quantized_tile_for<BytesGroupScale, 0>(rows);
+          tile = quantized_tile_for<BytesGroupScale, Stream::kCached>(rows);
         } else if (f.kind == WeightKind::kNf4) {
-          tile = quantized_tile_for<TableNibbles, 0>(rows);
+          tile = quantized_tile_for<TableNibbles, Stream::kOnce>(rows);
         } else {
-          tile = quantized_tile_for<Nibbles, 0>(rows);
+          tile = quantized_tile_for<Nibbles, Stream::kOnce>(rows);
         }
         tile(a, b, c + row * kPanel);
       }

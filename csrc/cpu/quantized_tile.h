@@ -74,10 +74,11 @@ struct TableNibbles {  // nf4 in place
   }
 };
 
-// kAhead > 0 asks for the lines that many bytes ahead in B: for weights that stream from memory.
-template <int kTileRows, typename Source, int kAhead>
+// kStream: as of tile.h. Few rows that take B once leave its fetching to the hardware.
+template <int kTileRows, typename Source, Stream kStream>
 void quantized_tile(const uint8_t* a, const PanelBlock& b, float* c) {
   using Scale = typename Source::Scale;
+  constexpr bool kFetchesFar = kStream == Stream::kOnce && kTileRows > kNearFetchRows;
   const auto row_of = [a](int i) { return reinterpret_cast<const ActivationBlock*>(a + i * kActivationStride); };
 #pragma GCC unroll 1
   for (int first = 0; first < kPanel / Vec::kWidth; first += kTileVecs) {
@@ -92,13 +93,16 @@ void quantized_tile(const uint8_t* a, const PanelBlock& b, float* c) {
       }
       const uint8_t* codes = b.codes + group * b.codes_stride;
       const uint8_t* k = a + group * b.steps * int64_t{4 * sizeof(Activation8)};
-      if constexpr (kAhead > 0) prefetch(b.scales + group * b.scales_stride + kAhead);
+      if constexpr (kStream == Stream::kFirst) prefetch(b.scales + group * b.scales_stride + kPrefetchAhead);
 #pragma GCC unroll 4
       for (int s = 0; s < b.steps; s++) {
-        if constexpr (kAhead > 0) {
+        if constexpr (kStream == Stream::kFirst || kFetchesFar) {
           if (kTileVecs * Vec::kWidth == kPanel || first == 0) {
 #pragma GCC unroll 2
-            for (int64_t line = 0; line < Source::kStep; line += 64) prefetch(codes + kAhead + line);
+            for (int64_t line = 0; line < Source::kStep; line += 64) {
+              prefetch<kFetchesFar>(codes + kPrefetchAhead + line);
+              if constexpr (kFetchesFar) prefetch_to_second_level(codes + kFarAhead + line);
+            }
           }
         }
         Codes column[kTileVecs];
@@ -139,26 +143,26 @@ void quantized_tile(const uint8_t* a, const PanelBlock& b, float* c) {
 using QuantizedTile = void (*)(const uint8_t*, const PanelBlock&, float*);
 
 // The tile for 1 <= rows <= kRows.
-template <typename Source, int kAhead>
+template <typename Source, Stream kStream>
 ALULA_INLINE QuantizedTile quantized_tile_for(int rows) {
   static_assert(kRows <= 12, "extend the table");
   static constexpr QuantizedTile kTable[] = {
       nullptr,
-      quantized_tile<1, Source, kAhead>,
-      quantized_tile<2, Source, kAhead>,
-      quantized_tile<3, Source, kAhead>,
-      quantized_tile<4, Source, kAhead>,
+      quantized_tile<1, Source, kStream>,
+      quantized_tile<2, Source, kStream>,
+      quantized_tile<3, Source, kStream>,
+      quantized_tile<4, Source, kStream>,
 #if defined(__AVX2__)
-      quantized_tile<5, Source, kAhead>,
-      quantized_tile<6, Source, kAhead>,
+      quantized_tile<5, Source, kStream>,
+      quantized_tile<6, Source, kStream>,
 #endif
 #if defined(__AVX512F__)
-      quantized_tile<7, Source, kAhead>,
-      quantized_tile<8, Source, kAhead>,
-      quantized_tile<9, Source, kAhead>,
-      quantized_tile<10, Source, kAhead>,
-      quantized_tile<11, Source, kAhead>,
-      quantized_tile<12, Source, kAhead>,
+      quantized_tile<7, Source, kStream>,
+      quantized_tile<8, Source, kStream>,
+      quantized_tile<9, Source, kStream>,
+      quantized_tile<10, Source, kStream>,
+      quantized_tile<11, Source, kStream>,
+      quantized_tile<12, Source, kStream>,
 #endif
   };
   return kTable[rows];
