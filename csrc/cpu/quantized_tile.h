@@ -78,7 +78,7 @@ struct TableNibbles {  // nf4 in place
 template <int kTileRows, typename Source, Stream kStream>
 void quantized_tile(const uint8_t* a, const PanelBlock& b, float* c) {
   using Scale = typename Source::Scale;
-  constexpr bool kFetchesFar = kStream == Stream::kOnce && kTileRows > kNearFetchRows;
+  constexpr bool kFetchesFar = kStream == Stream::kOnce && kTileRows > kFewTileRows;
   const auto row_of = [a](int i) { return reinterpret_cast<const ActivationBlock*>(a + i * kActivationStride); };
 #pragma GCC unroll 1
   for (int first = 0; first < kPanel / Vec::kWidth; first += kTileVecs) {
@@ -101,7 +101,7 @@ void quantized_tile(const uint8_t* a, const PanelBlock& b, float* c) {
 #pragma GCC unroll 2
             for (int64_t line = 0; line < Source::kStep; line += 64) {
               prefetch<kFetchesFar>(codes + kPrefetchAhead + line);
-              if constexpr (kFetchesFar) prefetch_to_second_level(codes + kFarAhead + line);
+              if constexpr (kFetchesFar) prefetch_to_second_level(codes + far_ahead(kTileRows) + line);
             }
           }
         }

@@ -128,12 +128,14 @@ enum class Stream { kCached, kFirst, kOnce };
 
 constexpr int kPrefetchAhead = 4096;  // bytes
 
-// Tiles of more rows than this that take B once also fetch it into the second-level cache, this many bytes ahead: they
-// work too long on a step to have enough of B on its way otherwise. Beyond the caches (AMD EPYC, Zen 4, two cores): 8
-// and 12 rows in fp32 and bf16 1.1 to 1.5 times the speed, as from 32 and 64 KiB ahead, in int8 1.15 and 1.8, int4 1.15
-// and 1.1; 1 to 4 rows 0.9 to 1.1 in all.
-constexpr int kNearFetchRows = 4;
-constexpr int kFarAhead = 16 * 1024;
+// What a tile that takes B once fetches into the second-level cache as well, bytes ahead. Without it, beyond the caches
+// (AMD EPYC, Zen 4, two cores), 8 and 12 rows had 0.65 to 0.9 of the speed in fp32 and bf16: they work too long on a
+// step to have enough of B on its way. One row had 0.93 to 0.98 in fp32, 0.9 to 0.97 in bf16, whole steps of decoding
+// 0.84 (GPT-2 124M, bf16) to 0.95. The hint that passes by the second-level cache seems to keep that cache's own
+// fetching from following. Many rows: 8 KiB ahead are slower, 32 and 64 KiB as good; few rows: 2 to 6 KiB as good, 16
+// slower.
+constexpr int kFewTileRows = 4;
+constexpr int far_ahead(int rows) { return rows <= kFewTileRows ? kPrefetchAhead : 16 * 1024; }
 
 // What a tile fetches while it multiplies; any addresses will do. a: the next tile's block of A, as large as this
 // one's. b: some of the block of B that comes next, b_step bytes with every step.
@@ -167,7 +169,7 @@ void tile(const float* a, const W* b, int64_t steps, float* c, TileFetch fetch) 
         for (size_t line = 0; line < sizeof(W) * kPanel * kPair; line += 64) {
           const char* at = reinterpret_cast<const char*>(pb) + line;
           prefetch<kStream == Stream::kOnce>(at + kPrefetchAhead);
-          if (kStream == Stream::kOnce && kTileRows > kNearFetchRows) prefetch_to_second_level(at + kFarAhead);
+          if constexpr (kStream == Stream::kOnce) prefetch_to_second_level(at + far_ahead(kTileRows));
         }
       }
       if constexpr (kStream != Stream::kOnce) {
