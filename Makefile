@@ -54,6 +54,9 @@ tidy: build $(VENV)/.test
 # The tests of the ops, on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (slow to build).
 # Leaks are not looked for: Python and torch keep what they have until they end.
 SANITIZED := build/sanitize/python
+SANITIZED_TESTS ?= $(patsubst %,tests/test_%.py,activations attention bad_ops block_plan block_sparse_attention cache_layers \
+  choose_token decoder_blocks embedding isa layer_norm linear pack_weight qkv_projection quantize_columns quantize_weight \
+  quantized_linear refuse_grad rotary scaled_masked_softmax)
 sanitize: $(VENV)/.test
 	PATH=$(abspath $(BIN)):$$PATH cmake -G Ninja -B build/sanitize -DALULA_SANITIZE=ON -DALULA_CUDA=0 \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python
@@ -62,10 +65,7 @@ sanitize: $(VENV)/.test
 	$(BIN)/cmake --install build/sanitize --prefix $(SANITIZED)/alula
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/python -m pytest -x tests/test_attention.py tests/test_bad_ops.py tests/test_block_sparse_attention.py \
-	  tests/test_decoder_blocks.py tests/test_embedding.py tests/test_layer_norm.py tests/test_linear.py tests/test_pack_weight.py \
-	  tests/test_qkv_projection.py tests/test_quantize_columns.py tests/test_quantize_weight.py tests/test_quantized_linear.py \
-	  tests/test_rotary.py tests/test_scaled_masked_softmax.py -k "not opcheck" $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -x -k "not opcheck" $(PYTEST_ARGS) $(SANITIZED_TESTS)
 
 # Registers, shared memory, stack and spills of every CUDA kernel; a spill that is not allowed fails.
 resources: build

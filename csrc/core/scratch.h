@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "core/forbid.h"
+
 namespace alula {
 
 class Scratch {
@@ -24,6 +26,8 @@ class Scratch {
       if (data_ == nullptr) throw std::bad_alloc();
       capacity_ = rounded;
     }
+    permit(data_, bytes);
+    forbid(static_cast<char*>(data_) + bytes, capacity_ - bytes);
     return data_;
   }
 

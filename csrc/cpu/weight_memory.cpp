@@ -5,6 +5,8 @@
 #include <memory>
 #include <mutex>
 
+#include "core/forbid.h"
+
 namespace alula {
 namespace {
 
@@ -22,21 +24,27 @@ class Slab {
     base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     ALULA_CHECK(base_ != MAP_FAILED, "there is no memory for ", size_, " bytes");
     ask_for_large_pages(base_, static_cast<int64_t>(size_));
+    forbid(base_, size_);
   }
   Slab(const Slab&) = delete;
   Slab& operator=(const Slab&) = delete;
-  ~Slab() { munmap(base_, size_); }
+  ~Slab() {
+    permit(base_, size_);  // what is mapped here next is not ours
+    munmap(base_, size_);
+  }
 
   // Null where it does not fit.
   void* take(size_t bytes) {
     if (bytes > size_ - used_) return nullptr;
     void* data = static_cast<char*>(base_) + used_;
     used_ += round_up(bytes, kAlignment);
+    permit(data, bytes);
     return data;
   }
 
   // Gives whole pages back to the system; the room at the end is used again.
   void release(void* data, size_t bytes) {
+    forbid(data, bytes);
     const auto begin = static_cast<size_t>(static_cast<char*>(data) - static_cast<char*>(base_));
     const size_t end = begin + round_up(bytes, kAlignment);
     const size_t first = round_up(begin, kPage), last = end / kPage * kPage;
