@@ -131,9 +131,8 @@ constexpr int kPrefetchAhead = 4096;  // bytes
 // What a tile that takes B once fetches into the second-level cache as well, bytes ahead. Without it, beyond the caches
 // (AMD EPYC, Zen 4, two cores), 8 and 12 rows had 0.65 to 0.9 of the speed in fp32 and bf16: they work too long on a
 // step to have enough of B on its way. One row had 0.93 to 0.98 in fp32, 0.9 to 0.97 in bf16, whole steps of decoding
-// 0.84 (GPT-2 124M, bf16) to 0.95. The hint that passes by the second-level cache seems to keep that cache's own
-// fetching from following. Many rows: 8 KiB ahead are slower, 32 and 64 KiB as good; few rows: 2 to 6 KiB as good, 16
-// slower.
+// 0.84 (GPT-2 124M, bf16) to 0.95. Many rows: 8 KiB ahead are slower, 32 and 64 KiB as good; few rows: 2 to 6 KiB as
+// good, 16 slower. No replacement for it, with 8 rows: the first-level hint further ahead, or without passing by.
 constexpr int kFewTileRows = 4;
 constexpr int far_ahead(int rows) { return rows <= kFewTileRows ? kPrefetchAhead : 16 * 1024; }
 
