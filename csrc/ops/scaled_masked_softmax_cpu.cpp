@@ -309,6 +309,7 @@ void softmax(const ScaledMaskedSoftmaxArgs& args, int64_t first, int64_t last, f
     int64_t end = (n + kLineKeys - 1) / kLineKeys * kLineKeys;
     if (end > keys) end = keys;
     char* out = static_cast<char*>(args.out) + r * keys * out_bytes;
+    // Before the exponentials, so that they go to memory meanwhile.
     write_zeros(out + end * out_bytes, (keys - end) * out_bytes, args.writes_past_caches);
     const float sum = exponentials_of(row, mask, args.scale, n, row + keys * bytes, next_mask, e);
     for (int64_t j = n; j < end; j++) e[j] = 0.0f;
