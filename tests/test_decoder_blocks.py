@@ -152,7 +152,7 @@ def test_fewer_tokens_kept_are_the_same_bits(
 def test_a_batch_without_its_padding_has_the_same_bits(
     shape: tuple[int, int, int], is_parallel: bool, count: int, dtype: torch.dtype, isa: str
 ) -> None:
-    """Rows with much padding in front run one by one; not with padding elsewhere, nor where all of it is kept."""
+    """Rows with much padding in front run one by one; not with padding elsewhere, nor where some of it is kept."""
     stack = make_stack(shape, dtype, is_parallel)
     tokens, past = 39, [0, 1, 0, 0]
     real = torch.ones(4, tokens, dtype=torch.bool)

@@ -117,6 +117,7 @@ void run_blocks(const std::vector<Block>& blocks, size_t products, AttentionPlan
 
 }  // namespace
 
+// For run_row_by_row, which calls it for each row.
 Tensor decoder_blocks(const Tensor& x, int64_t id, const std::vector<Tensor>& kv_caches, const Tensor& positions,
                       const Tensor& lengths, const OptionalTensor& mask, const std::vector<Tensor>& head_masks,
                       bool causal, const OptionalTensor& rotary_table, const OptionalTensor& rotary_positions,
@@ -311,8 +312,8 @@ Tensor run_last_block(const Stack& stack, const Tensor& x, const Calls& all, con
 }
 
 // What running a row of the batch alone costs beside its tokens, in tokens. 8 rows of 16 to 256 tokens one by one took
-// as long as together and 8 to 13 tokens a row more (two cores of an AMD EPYC, fp32 and bf16, E 768 and 2048); with
-// E 2048 in fp32, from 128 tokens on, less than together.
+// as long as together and 4 to 17 tokens a row more, 10 mostly (two cores of an AMD EPYC, fp32 and bf16, E 768 and
+// 2048); with E 2048 in fp32, from 128 tokens on, less than together.
 constexpr int64_t kTokensOfARow = 16;
 
 // Where each row's tokens begin, if nothing but padding lies before them, none of it among the last `count`, and the
