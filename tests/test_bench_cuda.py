@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -61,10 +63,15 @@ def test_peers_that_fail_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(row["ms"]) == ["alula", "hf eager", "hf sdpa"]
 
 
-def test_the_whole_proof_as_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def prove() -> ModuleType:
     spec = importlib.util.spec_from_file_location("prove", ROOT / "tests" / "gpu" / "prove.py")
-    prove = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prove)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_whole_proof_as_a_dry_run(prove: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = []
 
     def note_command(self, name, command, limit):
@@ -81,3 +88,22 @@ def test_the_whole_proof_as_a_dry_run(tmp_path: Path, monkeypatch: pytest.Monkey
     compile(commands[1][1][-1], "benchmark", "exec")
     if not torch.cuda.is_available():
         assert prove.main([]) == 2
+
+
+@pytest.mark.parametrize("hears", [True, False])
+def test_a_step_out_of_time_is_asked_for_what_it_knows(
+    hears: bool, prove: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove, "GRACE", 30.0 if hears else 0.5)
+    program = f"""if True:
+        import signal, time
+        print("begun", flush=True)
+        signal.signal(signal.SIGINT, signal.{"default_int_handler" if hears else "SIG_IGN"})
+        try:
+            time.sleep(600)
+        except KeyboardInterrupt:
+            print("3 passed")
+    """
+    status, output = prove._run([sys.executable, "-c", program], 3.0)
+    assert status == 124
+    assert output.split("\n") == ["begun", *(["3 passed"] if hears else []), "", "stopped after 3 s"]

@@ -1,7 +1,9 @@
 // A write past the end (argument 1) and a race in shared memory (argument 2): what compute-sanitizer must find, or what
-// it does not find elsewhere means nothing.
+// it does not find elsewhere means nothing. In alula's namespace, since prove.py has only that checked.
 #include <cstdio>
 #include <cstdlib>
+
+namespace alula {
 
 __global__ void write_past_end(float* x, int n) { x[n] = 1.0f; }
 
@@ -11,13 +13,15 @@ __global__ void race(float* x) {
   x[threadIdx.x] = values[63 - threadIdx.x];  // no barrier before it
 }
 
+}  // namespace alula
+
 int main(int count, char** arguments) {
   float* x = nullptr;
   cudaMalloc(&x, 64 * sizeof(float));
   if (count > 1 && std::atoi(arguments[1]) == 1) {
-    write_past_end<<<1, 1>>>(x, 64);
+    alula::write_past_end<<<1, 1>>>(x, 64);
   } else {
-    race<<<1, 64>>>(x);
+    alula::race<<<1, 64>>>(x);
   }
   std::printf("%s\n", cudaGetErrorString(cudaDeviceSynchronize()));
 }

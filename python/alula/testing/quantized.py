@@ -78,7 +78,7 @@ def codes_and_scales(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize(packed: PackedWeight) -> Tensor:
-    """The weight [N, K] in float64, exactly what the bytes mean."""
+    """The weight [N, K] in float64, exactly what the bytes mean, on their device."""
     codes, scale, least = codes_and_scales(packed)
     match packed.format:
         case "int8":
@@ -89,7 +89,7 @@ def dequantize(packed: PackedWeight) -> Tensor:
             w = codes * scale + least
         case "nf4":
             # The table is float32 in the kernels.
-            w = torch.tensor(NF4, dtype=torch.float32).double()[codes] * scale
+            w = torch.tensor(NF4, dtype=torch.float32, device=codes.device).double()[codes] * scale
         case _:
             raise ValueError(f"{packed.format} is not a quantized format")
     return w[: packed.out_features, : packed.in_features]
