@@ -3,11 +3,13 @@
 import copy
 import itertools
 import json
+import os
 import pickle
 import random
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import alula
@@ -945,3 +947,38 @@ def test_tokenizers_is_imported_when_it_is_needed():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "pip install 'alula[text]'" in out
+
+
+def test_threads_with_different_options():
+    """The library keeps how it cuts and pads as state of the tokenizer: no call may see that of another one."""
+    tokenizer = alula.AutoTokenizer.from_pretrained(Path(alula.__file__).parent / "assets" / "tiny-python")
+    tokenizer.pad_token = tokenizer.eos_token
+    texts = ["def a(b):\n    return b * 2", "x = 1"]
+    options = [
+        {},
+        {"padding": True},
+        {"truncation": True, "max_length": 3},
+        {"padding": "max_length", "max_length": 20},
+    ]
+    expected = [dict(tokenizer(texts, **chosen)) for chosen in options]
+    assert len({str(rows["input_ids"]) for rows in expected}) == len(options)
+
+    def call(number: int) -> list[bool]:
+        return [dict(tokenizer(texts, **options[number])) == expected[number] for _ in range(300)]
+
+    with ThreadPoolExecutor(len(options)) as pool:
+        assert all(all(found) for found in pool.map(call, range(len(options))))
+
+
+def test_a_copy_does_not_wait_for_its_original():
+    tokenizer = alula.AutoTokenizer.from_pretrained(Path(alula.__file__).parent / "assets" / "tiny-python")
+    with tokenizer._turn:
+        assert copy.deepcopy(tokenizer)("x").input_ids == pickle.loads(pickle.dumps(tokenizer))("x").input_ids
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = int(not tokenizer("x").input_ids)
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0

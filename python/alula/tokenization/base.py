@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from alula.tokenization.backend import load_backend, require_tokenizers
-from alula.tokenization.call import TextCalls
+from alula.tokenization.call import TextCalls, Turn
 from alula.tokenization.folder import TOKENIZER_FILE, read_folder, save_folder
 from alula.tokenization.lengths import UNLIMITED
 from alula.tokenization.special_tokens import SpecialTokens
@@ -83,6 +83,7 @@ class TokenizersBackend(TextCalls, SpecialTokens):
         self.add_prefix_space = kwargs.get("add_prefix_space", False)
         self._add_missing_tokens(kwargs.get("added_tokens_decoder") or {})
         self._warned: set[str] = set()
+        self._turn = Turn()
         if self._should_update_post_processor:
             self.update_post_processor()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
 from typing import Any
 
 from alula.tokenization.encoding import BatchEncoding, check_return_tensors
 from alula.tokenization.lengths import pad_encoded, resolve_lengths
 
-__all__ = ["TextCalls"]
+__all__ = ["TextCalls", "Turn"]
 
 _ACCEPTED = (
     "a text, a list of texts, a list of pairs of texts; with is_split_into_words=True a list of words, a list of such "
@@ -16,8 +18,27 @@ _ACCEPTED = (
 )
 
 
+class Turn:
+    """`with turn:` one thread at a time. A copy, and a forked process, has a turn of its own that nobody has taken."""
+
+    def __init__(self) -> None:
+        self._lock, self._process = threading.Lock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():  # whoever held it did not come along
+            self.__init__()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Turn, ()
+
+
 class TextCalls:
-    """The half of a tokenizer that turns text into ids. `_tokenizer` is the `tokenizers.Tokenizer` behind it."""
+    """The half of a tokenizer that turns text into ids. `_tokenizer` is the `tokenizers.Tokenizer` behind it, `_turn`
+    whose call it serves: between setting how it cuts and pads and encoding, no other thread may do the same."""
 
     def __call__(
         self,
@@ -108,34 +129,69 @@ class TextCalls:
         **returned: bool | None,
     ) -> BatchEncoding:
         check_return_tensors(return_tensors)
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
         how = resolve_lengths(self, padding, truncation, max_length, pad_to_multiple_of, padding_side, verbose)
         batch, is_batch, has_pairs = _make_batch(text, text_pair, is_split_into_words)
         for row, item in enumerate(batch):
             _check_unicode(row, item)
-        backend = self._tokenizer
         if how.truncation != "do_not_truncate":
             self._check_truncation(how, stride, has_pairs, add_special_tokens)
-            backend.enable_truncation(
-                how.max_length,
+        with self._turn:
+            encodings = self._encode_batch(
+                batch,
+                how,
                 # It shapes overflowing rows alone, and the library panics where it is too large for one of a pair.
                 stride=stride if return_overflowing_tokens else 0,
-                strategy=how.truncation,
-                direction=self.truncation_side,
+                is_split_into_words=is_split_into_words,
+                add_special_tokens=add_special_tokens,
+                split_special_tokens=split_special_tokens,
+                padding_side=padding_side or self.padding_side,
+                pad_to_multiple_of=pad_to_multiple_of,
+            )
+        samples = range(len(encodings))
+        if return_overflowing_tokens:
+            samples = [i for i, e in enumerate(encodings) for _ in range(1 + len(e.overflowing))]
+            encodings = [row for e in encodings for row in (e, *e.overflowing)]
+        data = self._columns(encodings, **returned)
+        if return_overflowing_tokens:
+            data["overflow_to_sample_mapping"] = list(samples)
+        if how.max_length is None and verbose:
+            self._warn_about_length(data["input_ids"])
+        if not is_batch and return_tensors is None and not return_overflowing_tokens:
+            data = {key: value[0] if isinstance(value[0], list) else value for key, value in data.items()}
+        return BatchEncoding(data, encodings, return_tensors)
+
+    def _encode_batch(
+        self,
+        batch: list[Any],
+        how: Any,
+        *,
+        stride: int,
+        is_split_into_words: bool,
+        add_special_tokens: bool,
+        split_special_tokens: bool,
+        padding_side: str,
+        pad_to_multiple_of: int | None,
+    ) -> list[Any]:
+        """The library's encodings of texts. How they are cut and padded is state of the tokenizer there."""
+        backend = self._tokenizer
+        if how.truncation != "do_not_truncate":
+            backend.enable_truncation(
+                how.max_length, stride=stride, strategy=how.truncation, direction=self.truncation_side
             )
         if how.padding != "do_not_pad":
             backend.enable_padding(
-                direction=padding_side or self.padding_side,
+                direction=padding_side,
                 pad_id=self.pad_token_id,
                 pad_type_id=self.pad_token_type_id,
                 pad_token=self.pad_token,
                 length=how.max_length if how.padding == "max_length" else None,
                 pad_to_multiple_of=pad_to_multiple_of,
             )
-        backend.encode_special_tokens = (
-            self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        )
+        backend.encode_special_tokens = split_special_tokens
         try:
-            encodings = backend.encode_batch(
+            return backend.encode_batch(
                 batch, is_pretokenized=is_split_into_words, add_special_tokens=add_special_tokens
             )
         except TypeError as error:
@@ -150,18 +206,6 @@ class TextCalls:
         finally:
             backend.no_truncation()
             backend.no_padding()
-        samples = range(len(encodings))
-        if return_overflowing_tokens:
-            samples = [i for i, e in enumerate(encodings) for _ in range(1 + len(e.overflowing))]
-            encodings = [row for e in encodings for row in (e, *e.overflowing)]
-        data = self._columns(encodings, **returned)
-        if return_overflowing_tokens:
-            data["overflow_to_sample_mapping"] = list(samples)
-        if how.max_length is None and verbose:
-            self._warn_about_length(data["input_ids"])
-        if not is_batch and return_tensors is None and not return_overflowing_tokens:
-            data = {key: value[0] if isinstance(value[0], list) else value for key, value in data.items()}
-        return BatchEncoding(data, encodings, return_tensors)
 
     def _columns(
         self,
