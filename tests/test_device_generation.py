@@ -114,6 +114,13 @@ def test_logits_of_16_bits_are_chosen_from_as_on_the_host(model, options):
 
 
 @pytest.mark.usefixtures("on_device")
+def test_an_end_beyond_the_vocabulary_never_comes(model):
+    beyond = model.config.vocab_size
+    expected = on_host(model, PROMPTS, max_new_tokens=6)
+    assert torch.equal(model.generate(PROMPTS, max_new_tokens=6, min_new_tokens=4, eos_token_id=[beyond]), expected)
+
+
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("extra", [{}, {"min_new_tokens": 7}, {"num_return_sequences": 2}], ids=str)
 def test_ends_are_those_of_the_host(model, extra):
     free = on_host(model, PROMPTS, max_new_tokens=16)[:, 9:]

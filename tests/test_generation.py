@@ -152,6 +152,21 @@ def test_limits():
     assert len(new_tokens(model, [1, 2], eos_token_id=[], max_length=5)) == 3
 
 
+def test_an_end_beyond_the_vocabulary_never_comes():
+    model = ToyDecoder()
+    free = generate(model, PROMPTS, max_new_tokens=6)
+    made = generate(model, PROMPTS, max_new_tokens=6, min_new_tokens=4, eos_token_id=[64, 50256])
+    assert torch.equal(made[:, 6:], free[:, 6:])
+    eos = new_tokens(model, [1, 2], max_new_tokens=1)
+    assert new_tokens(model, [1, 2], max_new_tokens=9, eos_token_id=[64, *eos]) == eos
+    ended = generate(model, PROMPTS[:2], max_new_tokens=3, eos_token_id=[64], stopping_criteria=[first_row_ends])
+    assert ended[0, -1] == 64  # the default padding is the first eos, wherever it lies
+
+
+def first_row_ends(ids, logits):
+    return torch.arange(len(ids)) == 0
+
+
 def test_a_default_limit_is_cut_to_the_positions_there_are():
     model = ToyDecoder(positions=10)
     assert generate(model, [1] * 8).shape == (1, 10)

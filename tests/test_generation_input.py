@@ -20,6 +20,8 @@ from toy_decoder import ToyDecoder
         (torch.zeros(1, 2), {}, "must be integers, but are torch.float32"),
         ([[1.5]], {}, "must be integers"),
         ([["a"]], {}, "must be ids"),
+        ([1, 2.5], {}, "prompt 0 must be a list of ids, but is 1"),
+        (torch.tensor([[1, 2]]), {"attention_mask": GenerationConfig()}, "attention_mask is a GenerationConfig"),
         ("text", {}, "but is a str"),
         ([64], {}, "id 64; accepted: 0 to 63"),
         ([-1], {}, "id -1; accepted"),
@@ -49,6 +51,10 @@ from toy_decoder import ToyDecoder
         ([1], {"max_new_token": 3}, "no option `max_new_token`; did you mean `max_new_tokens`"),
         ([1], {"temprature": 3}, "did you mean `temperature`"),
         ([1], {"num_beams": 4}, "num_beams=4 is not supported; accepted: 1"),
+        ([1], {"num_beams": torch.tensor([1, 1])}, "is not supported; accepted: 1"),
+        ([1], {"cache_implementation": "static"}, "cache_implementation='static' is not supported; accepted: None"),
+        ([1], {"token_type_ids": torch.zeros(1, 1)}, "token_type_ids=tensor.* is not supported; accepted: None"),
+        ([1], {"nonsense": 3}, "no option `nonsense`; accepted: bos_token_id, "),
         ([1], {"do_sample": True, "seed": -3}, "seed must be an integer >= 0"),
         ([1], {"do_sample": True, "seed": [1, 2]}, r"a list of 1 \(one per row\)"),
         ([1], {"do_sample": True, "seed": 1, "generator": torch.Generator()}, "not both"),
@@ -74,8 +80,24 @@ def test_no_prompt_or_two():
 
 
 def test_neutral_options_of_hugging_face_are_accepted():
-    out = generate(ToyDecoder(), [1], num_beams=1, use_cache=True, return_dict_in_generate=False, max_new_tokens=2)
-    assert out.shape == (1, 3)
+    neutral = {"num_beams": 1, "use_cache": True, "return_dict_in_generate": False, "synced_gpus": False}
+    neutral |= dict.fromkeys(("assistant_model", "prefix_allowed_tokens_fn", "negative_prompt_ids", "inputs_embeds"))
+    assert generate(ToyDecoder(), [1], max_new_tokens=2, **neutral).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
+@pytest.mark.parametrize("value", [lambda ids, logits: logits, [3], 3])
+def test_processors_and_criteria_are_lists_of_callables(name, value):
+    model = ToyDecoder()
+    with pytest.raises(TypeError, match=f"{name} must be a list of callables"):
+        generate(model, [1], **{name: value})
+    assert not model.calls
+
+
+@pytest.mark.parametrize("value", [{"max_new_tokens": 3}, "greedy"])
+def test_what_is_no_generation_config(value):
+    with pytest.raises(TypeError, match=f"generation_config is a {type(value).__name__}; accepted: a GenerationConfig"):
+        generate(ToyDecoder(), [1], generation_config=value)
 
 
 def test_sampling_options_without_sampling_warn():

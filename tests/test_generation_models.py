@@ -60,6 +60,23 @@ def test_tokens_equal_transformers(pair, options):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": 7}, {"max_length": 20, "repetition_penalty": 1.5}, {"do_sample": True, "top_k": 1}, {}],
+    ids=str,
+)
+def test_configurations_of_transformers_are_taken(pair, options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GenerationConfig(pad_token_id=11, **options)
+    ids, mask = left_padded(PROMPTS, 11)
+    theirs, ours = (model.generate(ids, attention_mask=mask, generation_config=config) for model in pair)
+    assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="num_beams=3 is not supported; accepted: 1"):
+        pair[1].generate(ids, generation_config=transformers.GenerationConfig(num_beams=3))
+    with pytest.raises(ValueError, match="n_positions"):  # what it asks for is asked for
+        pair[1].generate(ids, generation_config=transformers.GenerationConfig(max_new_tokens=4000))
+
+
 @pytest.mark.parametrize("options", [{}, {"min_new_tokens": 12}, {"min_length": 15}], ids=str)
 def test_ends_equal_transformers(pair, options):
     ids, mask = left_padded(PROMPTS, 11)

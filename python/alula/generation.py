@@ -20,6 +20,7 @@ from alula.device_generation import DeviceSteps, chooses_on_device
 from alula.generation_config import GenerationConfig
 from alula.generation_limits import (
     check_past,
+    list_of_callables,
     min_new_tokens_of,
     num_new_tokens_of,
     pack_right,
@@ -69,6 +70,7 @@ class Generation:
     ) -> None:
         config = getattr(model, "generation_config", None) or GenerationConfig.from_model_config(model.config)
         if generation_config is not None:
+            generation_config = GenerationConfig.of(generation_config)
             config = config.merge(generation_config)
         config = config.update(**options)
         warn_unused(config, options)
@@ -93,6 +95,10 @@ class Generation:
         num_past = check_past(past_key_values, ids)
         seeds = row_seeds(seed, generator, num_rows) if config.do_sample else [None] * num_rows
 
+        self._pad_id = pad_id_of(config)
+        # An end beyond the vocabulary (a small model with the default ids of its family) has no logit to be held down.
+        if any(token >= model.config.vocab_size for token in config.eos_ids):
+            config = config.update(eos_token_id=[id for id in config.eos_ids if id < model.config.vocab_size])
         self.config = config
         self.seeds = seeds
         self.length = num_columns
@@ -106,11 +112,10 @@ class Generation:
         self._mask = mask
         self._num_past = num_past
         self._num_prompt = num_columns
-        self._pad_id = pad_id_of(config)
         self._eos_ids = frozenset(config.eos_ids)
         self._min_new = min_new_tokens_of(config, num_columns)
-        self._processors = list(logits_processor or ())
-        self._criteria = list(stopping_criteria or ())
+        self._processors = list_of_callables("logits_processor", logits_processor)
+        self._criteria = list_of_callables("stopping_criteria", stopping_criteria)
         self._cache = past_key_values
         self._choosers = [_chooser(config, seed) for seed in seeds]
         self._prompts = [row.numpy() for row in ids]
@@ -369,7 +374,8 @@ def generate(
             tensors.  `inputs` is another name for it.
         attention_mask: [B, T], 1 for tokens and 0 for padding, wherever the padding is; only with a tensor [B, T].
         streamer: an object with `put(ids)` and `end()`, as in transformers; gets the prompt, then each step's ids [B].
-        generation_config: a `GenerationConfig`; options given by name win over it, and it wins over the model's own.
+        generation_config: a `GenerationConfig`, alula's or transformers' (what is set in it); options given by name
+            win over it, and it wins over the model's own.
         max_new_tokens, max_length, min_new_tokens, min_length: limits; `*_length` count the padded prompt too.
         do_sample: draw at random; otherwise the most likely token is taken (greedy).
         temperature, top_k, top_p, min_p: for sampling, applied in this order.

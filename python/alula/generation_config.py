@@ -17,10 +17,15 @@ __all__ = ["GenerationConfig"]
 # Hugging Face options that alula has no use for, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
+    "assistant_model": (None,),
     "bad_words_ids": (None,),
     "begin_suppress_tokens": (None,),
+    "cache_implementation": (None,),
+    "compile_config": (None,),
     "constraints": (None,),
+    "custom_generate": (None,),
     "diversity_penalty": (None, 0.0),
+    "disable_compile": (None, False, True),
     "dola_layers": (None,),
     "early_stopping": (None, False),
     "encoder_no_repeat_ngram_size": (None, 0),
@@ -33,8 +38,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "forced_decoder_ids": (None,),
     "forced_eos_token_id": (None,),
     "guidance_scale": (None, 1, 1.0),
+    "head_mask": (None,),
+    "inputs_embeds": (None,),
     "length_penalty": (None, 1.0),
+    "low_memory": (None, False, True),
     "max_time": (None,),
+    "negative_prompt_attention_mask": (None,),
+    "negative_prompt_ids": (None,),
     "no_repeat_ngram_size": (None, 0),
     "num_beam_groups": (None, 1),
     "num_beams": (None, 1),
@@ -43,12 +53,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "output_logits": (None, False),
     "output_scores": (None, False),
     "penalty_alpha": (None, 0.0),
+    "position_ids": (None,),
+    "prefill_chunk_size": (None,),
+    "prefix_allowed_tokens_fn": (None,),
     "prompt_lookup_num_tokens": (None,),
     "remove_invalid_values": (None, False),
     "renormalize_logits": (None, False),
     "return_dict_in_generate": (None, False),
     "sequence_bias": (None,),
     "suppress_tokens": (None,),
+    "synced_gpus": (None, False),
+    "token_healing": (None, False),
+    "token_type_ids": (None,),
     "top_h": (None,),
     "typical_p": (None, 1.0),
     "use_cache": (None, True, False),  # the result is the same; alula always uses one
@@ -103,7 +119,7 @@ class GenerationConfig:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(options, dict):
             raise ValueError(f"{path} must hold a JSON object, but holds a {type(options).__name__}")
-        ignored = sorted(k for k, v in options.items() if k in _NEUTRAL and v not in _NEUTRAL[k])
+        ignored = sorted(k for k, v in options.items() if k in _NEUTRAL and not _is_neutral(k, v))
         if ignored:
             warnings.warn(f"{path}: alula does not support {', '.join(ignored)} and goes on without", stacklevel=2)
         known = {name: options[name] for name in cls.names() if options.get(name) is not None}
@@ -137,11 +153,11 @@ class GenerationConfig:
             if name in known:
                 continue
             if name in _NEUTRAL:
-                if value not in _NEUTRAL[name]:
-                    raise ValueError(f"{name}={value!r} is not supported; accepted: {_NEUTRAL[name][-1]!r}")
+                if not _is_neutral(name, value):
+                    raise ValueError(f"{name}={value!r:.60} is not supported; accepted: {_NEUTRAL[name][-1]!r}")
                 continue
             nearest = difflib.get_close_matches(
-                name, sorted(known | {"seed", "streamer", "tokenizer"}), n=1, cutoff=0.4
+                name, sorted(known | {"seed", "streamer", "tokenizer"}), n=1, cutoff=0.75
             )
             hint = f"; did you mean `{nearest[0]}`?" if nearest else f"; accepted: {', '.join(sorted(known))}"
             raise ValueError(f"generate() has no option `{name}`{hint}")
@@ -154,6 +170,19 @@ class GenerationConfig:
         config = replace(self, **new, chosen=self.chosen | set(new))
         config.check()
         return config
+
+    @classmethod
+    def of(cls, given: Any) -> GenerationConfig:
+        """`given` itself, or the options that a `transformers.GenerationConfig` sets; TypeError for anything else."""
+        if isinstance(given, cls):
+            return given
+        if not callable(getattr(given, "to_diff_dict", None)):
+            raise TypeError(
+                f"generation_config is a {type(given).__name__}; accepted: a GenerationConfig of alula or transformers"
+            )
+        options = given.to_diff_dict()
+        options.pop("transformers_version", None)
+        return cls().update(**{name: value for name, value in options.items() if not name.startswith("_")})
 
     def merge(self, other: GenerationConfig) -> GenerationConfig:
         """Return a copy with what was chosen in `other`, or differs there from the defaults, set."""
@@ -187,6 +216,11 @@ class GenerationConfig:
             not _is_sequence_of(self.stop_strings, str) or not all(self.stop_strings)
         ):
             raise ValueError(f"stop_strings must be non-empty strings, but is {self.stop_strings!r}")
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether this value of one of _NEUTRAL changes nothing. Only plain values compare to a truth."""
+    return isinstance(value, bool | int | float | None) and value in _NEUTRAL[name]
 
 
 def _check_int(name: str, value: Any, at_least: int) -> None:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from alula.generation_config import GenerationConfig
 
-__all__ = ["check_past", "min_new_tokens_of", "num_new_tokens_of", "pack_right", "row_seeds", "warn_unused"]
+__all__ = [
+    "check_past",
+    "list_of_callables",
+    "min_new_tokens_of",
+    "num_new_tokens_of",
+    "pack_right",
+    "row_seeds",
+    "warn_unused",
+]
 
 DEFAULT_NEW_TOKENS = 20
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
@@ -79,6 +87,14 @@ def check_past(cache: Any, ids: Tensor) -> int:
             "have as many rows, and hold these tokens and at least one more"
         )
     return num_past
+
+
+def list_of_callables(name: str, given: Any) -> list[Any]:
+    """The processors or criteria of a call. TypeError for one that is not in a list, or cannot be called."""
+    found = given if isinstance(given, Sequence) else [] if given is None else [None]
+    if not all(map(callable, found)):
+        raise TypeError(f"{name} must be a list of callables (ids, logits), but is {given!r:.100}")
+    return list(found)
 
 
 def pack_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

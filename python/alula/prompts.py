@@ -66,6 +66,8 @@ def _from_tensor(ids: Tensor, mask: Tensor | None, config: GenerationConfig) -> 
         if pad is None or pad in config.eos_ids or not bool((ids == pad).any()):
             return ids, None
         return ids, (ids != pad).long()
+    if not isinstance(mask, Tensor | np.ndarray | Sequence) or isinstance(mask, str):
+        raise ValueError(f"attention_mask is a {type(mask).__name__}; accepted: a tensor {list(ids.shape)}")
     mask = torch.as_tensor(mask)
     mask = mask[None] if mask.dim() == 1 else mask
     if mask.shape != ids.shape:
@@ -100,6 +102,8 @@ def _row(prompt: Any, index: int) -> Tensor:
         row = prompt if isinstance(prompt, Tensor) else torch.tensor(prompt)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"prompt {index} must be ids (integers), but is {prompt!r:.60}") from None
+    if row.dim() == 0:
+        raise ValueError(f"prompt {index} must be a list of ids, but is {prompt!r:.60}")
     if row.dim() != 1:
         raise ValueError(f"prompt {index} must have one dimension, but has the shape {list(row.shape)}")
     if len(row) == 0:
