@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+import operator
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +95,52 @@ def test_assigned_weights_are_used() -> None:
     x = torch.randn(3, 48)
     assert worst(layer(x), reference.transformer.h[0].mlp.c_fc(x)) <= 1e-5
     assert worst(model.transformer.ln_f(x), reference.transformer.ln_f(x)) <= 1e-5
+
+
+WRITES = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "an operator": lambda layer: operator.imul(layer.weight, 2),
+    "an index": lambda layer: operator.setitem(layer.weight, 0, 1.0),
+    "data": lambda layer: setattr(layer.weight, "data", torch.zeros(layer.shapes["weight"])),
+    "in data": lambda layer: layer.weight.data.zero_(),
+    "in data's rows": lambda layer: operator.setitem(layer.weight.data, slice(1), 0.0),
+    "in what is detached": lambda layer: layer.weight.detach().zero_(),
+    "initialisation": lambda layer: torch.nn.init.normal_(layer.weight),
+    "initialisation of data": lambda layer: torch.nn.init.zeros_(layer.bias.data),
+    "a function": lambda layer: torch.relu_(layer.weight),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_writing_into_a_copy_of_a_weight_is_an_error(write: Callable[[Any], Any], mode: Callable[[], Any]) -> None:
+    model = alula_model(hf_model(3, cls="GPT2LMHeadModel"))
+    ids = random_ids(model, 1, 5)
+    before = model(ids).logits
+    with mode(), pytest.raises(RuntimeError, match=r"is a copy of a weight.*Assign"):
+        write(model.transformer.h[0].mlp.c_fc)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_copy_of_a_weight_is_a_tensor_like_any_other() -> None:
+    reference = hf_model(3, cls="GPT2LMHeadModel")
+    model = alula_model(reference)
+    for name, theirs in reference.named_parameters():
+        ours = model.get_parameter(name)
+        assert isinstance(ours, torch.nn.Parameter)
+        assert not ours.requires_grad
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours.data, theirs)
+        for plain in (ours + 0, ours.clone(), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert type(plain) is torch.Tensor
+            assert torch.equal(plain, theirs)
+        assert torch.equal(torch.empty_like(theirs).copy_(ours), theirs)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    file = io.BytesIO()
+    torch.save(dict(model.named_parameters()), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True).keys() == dict(reference.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("tied", [True, False])

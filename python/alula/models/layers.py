@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from alula import ops
 from alula.devices import checked_device
+from alula.models.weight_copy import WeightCopy
 from alula.ops import PackedWeight
 from alula.weights import check_dtype
 
@@ -149,8 +150,8 @@ class Module(nn.Module):
     ) -> Iterator[tuple[str, Tensor]]:
         """Names and copies of the weights in the checkpoint's layout.
 
-        The copies are inference tensors: changing one in place or asking it for gradients raises, since neither could
-        reach the model. Assign or ``load_state_dict`` to change weights.
+        Changing one of the copies in place or asking it for gradients raises, since neither could reach the model
+        (:class:`WeightCopy`). Assign or ``load_state_dict`` to change weights.
         """
         for name, slot in self.weight_slots(prefix).items():
             if recurse or slot.module is self:
@@ -201,10 +202,10 @@ class WeightModule(Module):
         stored = self.stored(name)
         return self._to_checkpoint(stored.clone() if isinstance(stored, Tensor) else stored.unpack())
 
-    def frozen(self, name: str) -> Tensor:
-        """As :meth:`read`, but PyTorch refuses to change it in place or to track its gradient."""
+    def frozen(self, name: str) -> WeightCopy:
+        """As :meth:`read`, but it refuses to be changed in place, and PyTorch to track its gradient."""
         with torch.inference_mode():
-            return self.read(name).clone() if name in self._packed_names else self.read(name)
+            return WeightCopy.of(self.read(name).clone() if name in self._packed_names else self.read(name))
 
     def write(self, name: str, value: Tensor) -> None:
         """Stores a tensor given in the checkpoint's layout and of this module's shape, a matrix in the module's
