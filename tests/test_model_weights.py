@@ -24,9 +24,7 @@ def test_state_dict_has_the_names_layout_and_bits_of_transformers(seed: int) -> 
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert model.num_parameters() == reference.num_parameters()
-    assert (
-        model.num_parameters(exclude_embeddings=True) == model.num_parameters() - model.transformer.wte.weight.numel()
-    )
+    assert model.num_parameters(exclude_embeddings=True) == reference.num_parameters(exclude_embeddings=True)
     assert sum(p.numel() for p in model.parameters()) == model.num_parameters()
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in reference.named_parameters()}
     assert {n for n, _ in model.transformer.h.named_parameters()} == {
@@ -95,6 +93,26 @@ def test_assigned_weights_are_used() -> None:
     x = torch.randn(3, 48)
     assert worst(layer(x), reference.transformer.h[0].mlp.c_fc(x)) <= 1e-5
     assert worst(model.transformer.ln_f(x), reference.transformer.ln_f(x)) <= 1e-5
+
+
+def test_weights_that_change_while_they_are_bound_are_bound_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by another thread: block 0 changes when block 1 is bound."""
+    model = alula_model(hf_model(3, cls="GPT2LMHeadModel", n_layer=2))
+    first, second = model.transformer.h
+    ids = random_ids(model, 1, 5)
+    bind = second.bind
+
+    def bind_late() -> Any:
+        monkeypatch.undo()
+        first.ln_1.weight = torch.zeros_like(first.ln_1.weight)
+        return bind()
+
+    second.ln_1.weight = second.ln_1.weight  # nothing is bound any more
+    monkeypatch.setattr(second, "bind", bind_late)
+    before = model(ids).logits
+    after = model(ids).logits
+    assert torch.equal(after, copy.deepcopy(model)(ids).logits)
+    assert not torch.equal(after, before)
 
 
 WRITES = {

@@ -17,7 +17,7 @@ from alula.cache import KVCache
 from alula.config import PretrainedConfig, parse_dtype
 from alula.devices import checked_device
 from alula.models.heads import LMHead
-from alula.models.layers import DENSE, Embedding, Linear, Module
+from alula.models.layers import DENSE, Embedding, Linear, Module, PositionTable
 from alula.models.quantizing import Quantizable, refuse_rounded_activations
 from alula.models.stored_matrices import StoredMatrices, stored_quantization
 from alula.quantization import QuantizationConfig
@@ -225,14 +225,15 @@ class PreTrainedModel(Quantizable, Module):
         return self
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of weights, tied ones once. Nothing is trainable."""
+        """Number of weights, tied ones once; ``exclude_embeddings``: without the tables of tokens, positions and token
+        types. Nothing is trainable."""
         if only_trainable:
             return 0
         slots = self.weight_slots().values()
         return sum(
             slot.nbytes // slot.dtype.itemsize
             for slot in slots
-            if not (exclude_embeddings and slot.module is self.get_input_embeddings())
+            if not (exclude_embeddings and isinstance(slot.module, Embedding | PositionTable))
         )
 
     def decode_bytes(self) -> int:

@@ -111,7 +111,8 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
 
     def _bind(self) -> _Bound:
         bound = self._bound
-        if bound.stamp != VERSION.count:
+        count = VERSION.count  # before anything is read: another thread may change weights meanwhile
+        if bound.stamp != count:
             tables, layers = self.embeddings, self.encoder.layer
             bound.blocks = [layer.bind() for layer in layers]
             bound.cross = [layer.bind_cross() for layer in layers] if self.config.add_cross_attention else None
@@ -122,7 +123,7 @@ class BigBirdModel(InputChecks, BigBirdPreTrainedModel):
             bound.pooler = None
             if self.pooler is not None:
                 bound.pooler = (self.pooler.stored("weight"), self.pooler.stored("bias"))
-            bound.stamp = VERSION.count
+            bound.stamp = count
         return bound
 
     # --- one pass -------------------------------------------------------------------------------------------------

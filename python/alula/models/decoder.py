@@ -148,7 +148,8 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
 
     def _bind(self) -> _Bound:
         bound = self._bound
-        if bound.stamp != VERSION.count:
+        count = VERSION.count  # before anything is read: another thread may change weights meanwhile
+        if bound.stamp != count:
             bound.blocks = BlockStack([block.bind() for block in self.h], self._shape)
             bound.table = self.wte.stored("weight")
             bound.vocab_size = self.wte.num_embeddings
@@ -156,7 +157,7 @@ class DecoderModel(InputChecks, DecoderPreTrainedModel):
             bound.position_table = None if learned is None else learned.stored("weight")
             has_cross = getattr(self.config, "add_cross_attention", False)
             bound.cross = [block.bind_cross() for block in self.h] if has_cross else None
-            bound.stamp = VERSION.count
+            bound.stamp = count
         return bound
 
     def final_norm(self) -> tuple[Tensor, Tensor, float]:
