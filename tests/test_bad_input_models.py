@@ -136,14 +136,25 @@ def test_pickles_other_than_tensors_are_refused(folder: Path) -> None:
             return os.mkdir, (str(folder / "run"),)
 
     torch.save({"transformer.wte.weight": Evil()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be read as tensors only"):
+    with pytest.raises(ValueError, match=r"tensors only: it holds a posix\.mkdir, and alula runs no code") as refused:
         load(folder)
+    assert "weights_only" not in str(refused.value)  # PyTorch's advice is to let it run
     assert not (folder / "run").exists()
     torch.save([torch.zeros(1)], folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds a list, expected a dict"):
         load(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"it is no file of torch\.save"):
+        load(folder)
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_pointers_of_git_lfs_are_named(folder: Path, name: str) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 503382240\n")
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer, not the file itself; run `git lfs pull`"):
         load(folder)
 
 

@@ -19,9 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SafetensorsFile", "TensorInfo", "write_safetensors"]
+__all__ = ["SafetensorsFile", "TensorInfo", "refuse_pointer", "write_safetensors"]
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors package
+
+_POINTER = b"version https://git-lfs"
 
 _DTYPES = {
     "F64": torch.float64,
@@ -57,11 +59,19 @@ class TensorInfo(NamedTuple):
         return self.end - self.start
 
 
+def refuse_pointer(path: Path) -> None:
+    """ValueError for what a clone without Git LFS has in place of a large file."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+
+
 class SafetensorsFile:
     """A safetensors file, mapped. ValueError, naming file and tensor, if anything in its header cannot be true."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
+        refuse_pointer(self.path)
         with open(self.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             self.tensors, self.metadata = self._parse(file, size)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from alula.config import read_json
-from alula.safetensors_file import SafetensorsFile, TensorInfo, write_safetensors
+from alula.safetensors_file import SafetensorsFile, TensorInfo, refuse_pointer, write_safetensors
 
 __all__ = [
     "Checkpoint",
@@ -106,10 +106,25 @@ class RenamedSource:
         self._source.release(self._names[name])
 
 
+def _unpickling_problem(error: Exception) -> str:
+    """What was wrong, without PyTorch's advice to load the file without its safeguard."""
+    text = str(error)
+    found = re.search(r"GLOBAL (\S+)", text)
+    if found:
+        return (
+            f"it holds a {found[1]}, and alula runs no code of a checkpoint. If you trust the file, load it with its "
+            "own library and save the weights alone: torch.save(model.state_dict(), path)"
+        )
+    if "Unsupported operand" in text:
+        return "it is no file of torch.save"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class TorchFile(StateDictSource):
     """A pytorch_model.bin, mapped where its format allows it. Only tensors are unpickled (``weights_only``)."""
 
     def __init__(self, path: Path) -> None:
+        refuse_pointer(path)
         self._mapped = True
         try:
             try:
@@ -118,7 +133,7 @@ class TorchFile(StateDictSource):
                 self._mapped = False
                 tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{path} cannot be read as tensors only: {error}") from None
+            raise ValueError(f"{path} cannot be read as tensors only: {_unpickling_problem(error)}") from None
         if not isinstance(tensors, Mapping):
             raise ValueError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors")
         super().__init__(tensors, str(path))
