@@ -5,11 +5,13 @@ x holds values that 8-bit activations represent exactly, so that every format is
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from alula import ops
 from alula.bench.cases.case import PEAKS, Call, Case, Inputs, nbytes, randn
-from alula.packed_weight import panel_bytes
+from alula.packed_weight import PackedWeight, panel_bytes
 from alula.testing import quantized
 from torch import Tensor
 
@@ -22,26 +24,33 @@ def cases(quick: bool) -> list[Case]:
         return [_case(*f, dtype, rows, 256, 512) for f in FORMATS for dtype in PEAKS for rows in (1, 64)]
     one_row = [(1, 8192, 8192), (1, 768, 3072), (1, 3072, 768), (1, 2048, 8192)]
     many = [(128, 768, 3072), (128, 3072, 768), (512, 2048, 8192)]
-    return [_case(*f, dtype, *shape) for shape in one_row + many for dtype in PEAKS for f in FORMATS]
+    return [_case(*f, dtype, *shape) for shape in one_row + many for f in FORMATS for dtype in PEAKS]
+
+
+@functools.lru_cache(maxsize=1)
+def _weight(format: str, group_size: int | None, n: int, k: int) -> tuple[PackedWeight, Tensor]:
+    """A random weight, quantized, and the values it then has, [N, K] in fp32. Kept for the next dtype: choosing codes
+    and reading them one by one takes longer than the case."""
+    weight = randn(torch.Generator().manual_seed(1), n, k, dtype=torch.float32, std=k**-0.5)
+    packed = ops.pack(weight, format, group_size)
+    return packed, quantized.stored_table(packed)
 
 
 def _case(format: str, group_size: int | None, dtype: torch.dtype, rows: int, k: int, n: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
-        weight = randn(generator, n, k, dtype=torch.float32, std=k**-0.5)
         x = torch.randint(-127, 128, (rows, k), generator=generator)
         x[:, ::32] = 127  # the largest of every block: scales are 1 / 64, and nothing is rounded
-        return {"x": (x / 64).to(dtype), "weight": weight}
+        return {"x": (x / 64).to(dtype), "codes": _weight(format, group_size, n, k)[0].data}
 
     def expected(inputs: Inputs, compute_dtype: torch.dtype) -> Tensor:
-        weight = quantized.stored_table(ops.pack(inputs["weight"], format, group_size))
-        return inputs["x"].to(compute_dtype) @ weight.to(compute_dtype).T
+        return inputs["x"].to(compute_dtype) @ _weight(format, group_size, n, k)[1].to(compute_dtype).T
 
     def alula(inputs: Inputs) -> Call:
-        packed = ops.pack(inputs["weight"], format, group_size)
+        packed = _weight(format, group_size, n, k)[0]._replace(data=inputs["codes"])
         return lambda: ops.linear(inputs["x"], packed)
 
     def torch_dense(inputs: Inputs) -> Call:
-        weight = quantized.stored_table(ops.pack(inputs["weight"], format, group_size)).to(dtype)
+        weight = _weight(format, group_size, n, k)[1].to(dtype, copy=True)
         return lambda: F.linear(inputs["x"], weight)
 
     groups = f" g{group_size}" if group_size else ""
