@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from alula.config import GPTBigCodeConfig
+from alula.config import AutoConfig, GPTBigCodeConfig
 from alula.models import (
     AutoModel,
     AutoModelForCausalLM,
@@ -213,6 +213,17 @@ def test_dtype_and_device_arguments(folder: Path) -> None:
             load(folder, **kwargs)
     with pytest.raises(TypeError, match="unknown arguments: n_layers"):
         load(folder, n_layers=3)
+    with pytest.raises(TypeError, match=r'unknown arguments: device_map \(here: device="cuda"\), foo$'):
+        load(folder, device_map="auto", foo=1)
+
+
+def test_arguments_about_downloading_change_nothing(folder: Path) -> None:
+    save(tensors(), folder)
+    about = {"trust_remote_code": True, "local_files_only": True, "revision": "main", "token": None, "cache_dir": "x"}
+    model = load(folder, **about, low_cpu_mem_usage=True)
+    assert model.config == load(folder).config
+    for config in (AutoConfig.from_pretrained(folder, **about), GPTBigCodeConfig.from_pretrained(folder, **about)):
+        assert not about.keys() & config.to_dict().keys()
 
 
 def santacoder_files(folder: Path) -> Any:

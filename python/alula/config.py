@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
-from alula.pretrained_config import PretrainedConfig, parse_dtype, read_json
+from alula.pretrained_config import PretrainedConfig, parse_dtype, read_json, without_downloading
 
 __all__ = [
     "AutoConfig",
@@ -16,6 +16,7 @@ __all__ = [
     "PretrainedConfig",
     "parse_dtype",
     "read_json",
+    "without_downloading",
 ]
 
 MAX_HEAD_DIM = 256
@@ -297,4 +298,4 @@ class AutoConfig:
         if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
             what = f"has model_type {model_type!r}" if model_type else "names no model_type"
             raise ValueError(f"{path}: config.json {what}; accepted: {', '.join(CONFIG_CLASSES)}")
-        return CONFIG_CLASSES[model_type].from_dict(values, **overrides)
+        return CONFIG_CLASSES[model_type].from_dict(values, **without_downloading(overrides))

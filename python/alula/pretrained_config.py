@@ -17,11 +17,21 @@ import torch
 
 from alula.activations import ACCEPTED, ACTIVATIONS
 
-__all__ = ["PretrainedConfig", "parse_dtype", "read_json"]
+__all__ = ["PretrainedConfig", "parse_dtype", "read_json", "without_downloading"]
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
 ATTENTION_TYPES = ("block_sparse", "original_full")
+
+
+# Arguments of transformers' from_pretrained that are about what alula never does: downloading, and running code of a
+# checkpoint.
+_DOWNLOADING = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code"}
+
+
+def without_downloading(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a from_pretrained that are not about downloading, which is asked of folders in vain."""
+    return {name: value for name, value in options.items() if name not in _DOWNLOADING}
 
 
 def parse_dtype(dtype: torch.dtype | str, what: str = "dtype") -> torch.dtype:
@@ -226,8 +236,9 @@ class PretrainedConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **overrides: Any) -> PretrainedConfig:
-        """Reads config.json from a folder (or the file itself); ``overrides`` replace its values."""
-        return cls.from_dict(cls.get_config_dict(path), **overrides)
+        """Reads config.json from a folder (or the file itself); ``overrides`` replace its values. Arguments about
+        downloading, such as ``revision``, are taken and change nothing."""
+        return cls.from_dict(cls.get_config_dict(path), **without_downloading(overrides))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> PretrainedConfig:

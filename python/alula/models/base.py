@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from alula.cache import KVCache
-from alula.config import PretrainedConfig, parse_dtype
+from alula.config import PretrainedConfig, parse_dtype, without_downloading
 from alula.devices import checked_device
 from alula.models.heads import LMHead
 from alula.models.layers import DENSE, Embedding, Linear, Module, PositionTable
@@ -24,6 +24,15 @@ from alula.quantization import QuantizationConfig
 from alula.weights import Checkpoint, StateDictSource, TensorSource, check_dtype, load_weights, save_weights
 
 __all__ = ["PreTrainedModel"]
+
+
+# Arguments of transformers' from_pretrained that mean something, and what alula has in their place.
+_NAMES_HERE = {
+    "device_map": 'device="cuda"',
+    "load_in_4bit": 'quantize="nf4"',
+    "load_in_8bit": 'quantize="int8"',
+    "quantization_config": 'quantize="int8", "int4", "int4_asymmetric" or "nf4"',
+}
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -87,7 +96,8 @@ class PreTrainedModel(Quantizable, Module):
                 with ``group_size`` and all but those that ``keep`` names, see :meth:`quantize`.
             activations: "int8" (the default of quantized matrices) or "full", see :meth:`quantize`; of a folder that is
                 quantized already, in place of what it says. On a GPU they are always "full", and "int8" is refused.
-            **overrides: values of the configuration to replace, such as ``num_labels=3``.
+            **overrides: values of the configuration to replace, such as ``num_labels=3``. Arguments of transformers
+                about downloading, and ``low_cpu_mem_usage``, are taken and change nothing.
 
         The weights are packed one by one out of a memory map: the process grows by little more than the packed model.
         The matrices of a folder that alula quantized stay in the map.
@@ -97,11 +107,14 @@ class PreTrainedModel(Quantizable, Module):
         device = checked_device(device)
         refuse_rounded_activations(activations, device)
         dtype = _resolve_dtype(dtype, torch_dtype)
+        overrides = without_downloading(overrides)
+        overrides.pop("low_cpu_mem_usage", None)
         if config is None:
             values = cls.config_class.get_config_dict(path)
             config = cls.config_class.from_dict(values)
             unknown = [name for name in overrides if not hasattr(config, name)]
             if unknown:
+                unknown = [f"{name} (here: {_NAMES_HERE[name]})" if name in _NAMES_HERE else name for name in unknown]
                 raise TypeError(f"from_pretrained got unknown arguments: {', '.join(unknown)}")
             config = cls.config_class.from_dict(values, **overrides) if overrides else config
         elif overrides:

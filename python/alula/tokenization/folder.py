@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from alula.config import read_json
+from alula.config import read_json, without_downloading
 from alula.tokenization.backend import require_tokenizers
 
 __all__ = ["CONFIG_FILE", "TOKENIZER_FILE", "find_folder", "read_folder", "save_folder"]
@@ -18,17 +18,6 @@ TOKENIZER_FILE = "tokenizer.json"
 _SPECIAL_FILE = "special_tokens_map.json"
 _ADDED_FILE = "added_tokens.json"
 _CHAT_FILE = "chat_template.jinja"
-# Arguments of transformers' from_pretrained that are about downloading.
-_DOWNLOADING = {
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "token",
-    "trust_remote_code",
-    "use_fast",
-}
 # What a tokenizer_config.json may hold and must not decide: files and objects are the caller's to choose.
 _NOT_FROM_FILES = {
     "auto_map",
@@ -53,7 +42,8 @@ _NOT_FROM_FILES = {
 
 def find_folder(path: str | os.PathLike, kwargs: dict[str, Any]) -> Path:
     """The folder that `from_pretrained` was asked for; takes the arguments about finding it out of `kwargs`."""
-    for name in _DOWNLOADING & kwargs.keys():
+    without_effect = {"use_fast"} | (kwargs.keys() - without_downloading(kwargs).keys())
+    for name in without_effect & kwargs.keys():
         del kwargs[name]
     folder = Path(path) / (kwargs.pop("subfolder", None) or "")
     if folder.is_file():
