@@ -131,6 +131,16 @@ def test_a_decode_step_allocates_nothing_that_grows() -> None:
     assert max(sizes) <= 4
 
 
+def test_columns_that_were_cropped_forget_that_they_were_padding() -> None:
+    cache = KVCache(SHAPE, 2)
+    step(cache, numbers(2, 4), [[0, 1, 1, 0], [1, 1, 1, 1]])
+    cache.crop(3)
+    step(cache, numbers(2, 2, 3))
+    assert cache.real_columns().tolist() == [[False, True, True, True, True], [True] * 5]
+    cache.crop(4)
+    assert contents(cache) == [[1, 2, 3], [100, 101, 102, 103]]
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_crop(padded: bool) -> None:
     cache = KVCache(SHAPE, 2)

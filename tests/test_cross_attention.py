@@ -167,6 +167,27 @@ def test_a_checkpoint_without_cross_attention_gets_one_at_random(tmp_path: Path)
     assert model(ids, encoder_hidden_states=states_of(model, 2, 3)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_failing_pass_keeps_nothing_of_the_encoder(has_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = pair(1)
+    ids, cache = random_ids(model, 2, 4), model.new_cache(2)
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.transformer, "_run_blocks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            (model if has_head else model.transformer)(
+                ids, past_key_values=cache, encoder_hidden_states=states_of(model, 2, 5)
+            )
+    assert cache.cross is None
+    assert cache.get_seq_length() == 0
+    others = states_of(model, 2, 3)
+    again = model(ids, past_key_values=cache, encoder_hidden_states=others).logits
+    assert torch.equal(again, model(ids, encoder_hidden_states=others).logits)
+
+
 def test_calls_that_cannot_be_right() -> None:
     _, model = pair(1)
     width = model.config.n_embd

@@ -469,7 +469,8 @@ def test_token_classification(cls: str) -> None:
     assert ours.keys() == ["loss", "logits"]
 
 
-def test_a_failing_pass_leaves_the_cache_as_it_was(lm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_failing_pass_leaves_the_cache_as_it_was(lm: str, has_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = alula_model(hf_model(3, lm, n_layer=2))
     ids = random_ids(model, 2, 9)
     cache = model(ids[:, :4]).past_key_values
@@ -480,7 +481,7 @@ def test_a_failing_pass_leaves_the_cache_as_it_was(lm: str, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(decoder_blocks, "decoder_blocks_op", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model(ids[:, 4:], past_key_values=cache)
+            (model if has_head else model.transformer)(ids[:, 4:], past_key_values=cache)
     assert cache.get_seq_length() == 4
     assert cache.lengths.tolist() == [4, 4]
     assert worst(model(ids[:, 4:], past_key_values=cache).logits, model(ids).logits[:, 4:]) <= 1e-5
