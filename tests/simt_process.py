@@ -6,6 +6,7 @@ A mistake that AddressSanitizer sees ends the process; the next call starts anot
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import re
@@ -29,8 +30,9 @@ class Fault(Exception):
 
 @functools.cache
 def runner() -> Path:
-    """The executor, built where it is out of date."""
+    """The executor, built where it is out of date, by one process at a time (pytest -n 2 has two)."""
     build = ROOT / "build" / "simt"
+    build.mkdir(parents=True, exist_ok=True)
     tools = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
     source = ROOT / "tests" / "simt"
@@ -38,10 +40,12 @@ def runner() -> Path:
         ["cmake", "-G", "Ninja", "-S", str(source), "-B", str(build)],
         ["cmake", "--build", str(build)],
     )
-    for command in commands:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+    with (build / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in commands:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
     return build / "simt_runner"
 
 
