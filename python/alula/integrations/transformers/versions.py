@@ -14,7 +14,7 @@ import transformers
 
 __all__ = ["TESTED", "VERSION", "check", "masks_big_bird_decoders", "parameters", "selects_hidden_states"]
 
-TESTED = ("4.57.6", "5.23.0")
+TESTED = ("4.57.6", "5.17.0", "5.23.0")
 OLDEST = (4, 57)
 VERSION: str = transformers.__version__
 
@@ -102,13 +102,13 @@ def check() -> None:
     if number(VERSION) < OLDEST:
         raise ImportError(
             f"transformers {VERSION} is too old for alula.integrations.transformers; accepted: "
-            f"{'.'.join(map(str, OLDEST))} or newer (tested with {' and '.join(TESTED)})"
+            f"{'.'.join(map(str, OLDEST))} or newer (tested with {', '.join(TESTED)})"
         )
     missing = problems()
     if missing:
         raise RuntimeError(
             f"transformers {VERSION} is not what alula.integrations.transformers was made for: {'; '.join(missing)}. "
-            f"Tested with {' and '.join(TESTED)}."
+            f"Tested with {', '.join(TESTED)}."
         )
 
 
