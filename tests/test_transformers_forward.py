@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -105,13 +106,15 @@ def test_hidden_states_of_other_meaning_are_left_to_transformers(monkeypatch: py
     monkeypatch.setattr(state, "_SELECTS_HIDDEN_STATES", False)
     models = pair(1, "GPT2LMHeadModel", n_layer=3)
     ids = random_ids(models.plain, 1, 5)
-    with pytest.warns(UserWarning, match="output_hidden_states that is no flag"):
+    # 4.57 takes whatever is true for the flag: so does alula there, and has nothing to leave.
+    left = pytest.warns(UserWarning, match="output_hidden_states that is no flag") if IS_5 else nullcontext()
+    with left:
         ours = models.fast(ids, output_hidden_states=1).hidden_states
     theirs = models.plain(ids, output_hidden_states=1).hidden_states
     assert [given is None for given in theirs] == [given is None for given in ours]
-    assert not models.report.fast_calls
+    assert models.report.fast_calls == (0 if IS_5 else 1)
     models.fast(ids, output_hidden_states=True)
-    assert models.report.fast_calls == 1
+    assert models.report.fast_calls == (1 if IS_5 else 2)
 
 
 @pytest.mark.parametrize("cls", LANGUAGE_MODELS)
