@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from alula.bench.cuda import attention, block_sparse, models, products, quantized
 from alula.bench.cuda.timing import Bench, line_of, measure
+from alula.devices import why_no_gpu
 
 MAKERS = (
     products.norm_cases,
@@ -41,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Print the table; returns the exit status: 1 where a result was wrong."""
     device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("alula bench cuda needs a CUDA device; torch finds none")
+    if device.type == "cuda" and why_no_gpu():
+        print(f"alula bench cuda needs a GPU; {why_no_gpu()}")
         return 2
     if device.type != "cuda" and not args.quick:
         print(f"on {device} only --quick is of use")

@@ -6,7 +6,7 @@ import torch
 
 from alula import _C
 
-__all__ = ["checked_device", "raise_id_fault"]
+__all__ = ["checked_device", "raise_id_fault", "why_no_gpu"]
 
 
 def raise_id_fault(device: torch.device) -> None:
@@ -16,6 +16,14 @@ def raise_id_fault(device: torch.device) -> None:
         wrong = _C.take_cuda_id_fault(device.index or 0)
         if wrong:
             raise ValueError(wrong)
+
+
+def why_no_gpu() -> str | None:
+    """Why torch cannot use a GPU here; None where it can."""
+    if torch.cuda.is_available():
+        return None
+    why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
+    return f"torch {torch.__version__} {why}"
 
 
 def checked_device(device: torch.device | str | int | None) -> torch.device:
@@ -34,8 +42,8 @@ def checked_device(device: torch.device | str | int | None) -> torch.device:
         raise ValueError(f"{name} is not supported by this build; accepted: {accepted}")
     if build["cuda"] is None:
         raise ValueError(f"{name} is not supported by this build; accepted: cpu ({build['cuda_reason']})")
-    if not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+    why = why_no_gpu()
+    if why:
         raise ValueError(f"{name} cannot be used: {why}; accepted: cpu")
     index = torch.cuda.current_device() if asked.index is None else asked.index
     if index >= torch.cuda.device_count():

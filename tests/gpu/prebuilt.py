@@ -79,7 +79,8 @@ def use() -> None:
         import torch
 
         if not torch.cuda.is_available():
-            sys.exit("make gpu needs a CUDA device, and torch finds none; nothing was built")
+            why = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
+            sys.exit(f"make gpu needs a GPU; torch {torch.__version__} {why} ({sys.executable}). Nothing was built.")
         print(f"no {CARRIED} (make prebuilt): building everything here, which takes minutes", flush=True)
     version = runpy.run_path(str(ROOT / "python/alula/_version.py"))["__version__"]
     options = [

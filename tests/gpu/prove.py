@@ -175,10 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     only = args.only.split(",")
     if not set(only) <= set(STEPS):
         parser.error(f"--only takes some of {','.join(STEPS)}, not {args.only}")
-    import torch
+    from alula.devices import why_no_gpu
 
-    if not args.dry_run and not torch.cuda.is_available():
-        print("make gpu needs a CUDA device; torch finds none")
+    if not args.dry_run and why_no_gpu():
+        print(f"make gpu needs a GPU; {why_no_gpu()} ({sys.executable}). Nothing was run.")
         return 2
     about = facts(args.dry_run)
     print(json.dumps(about, indent=1))
