@@ -116,19 +116,6 @@ void multiply_panels(const PanelGemmArgs& args, const void* packed, int64_t firs
   }
 }
 
-// The values of one row of one panel, in registers' worth, with the bias added: f(column, lanes, value).
-template <typename W, typename F>
-ALULA_INLINE void for_each_column(const W* bias, int64_t n, int64_t panel, const float* c, F f) {
-  for (int first = 0; first < kPanel; first += Vec::kWidth) {
-    const int64_t column = panel * kPanel + first;
-    const int lanes = static_cast<int>(n - column < Vec::kWidth ? n - column : Vec::kWidth);
-    if (lanes <= 0) return;
-    Vec value = load(c + first);
-    if (bias) value = value + (lanes == Vec::kWidth ? load(bias + column) : load(bias + column, lanes));
-    f(column, lanes, value);
-  }
-}
-
 inline int64_t packed_row_bytes(const PanelGemmArgs& args) {
   if (args.format.kind != WeightKind::kDense) return quantized_row_bytes(args);
   return dispatch_dtype(args.dtype, [&](auto tag) {

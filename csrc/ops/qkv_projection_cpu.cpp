@@ -3,75 +3,100 @@
 // D is a multiple of 8 and a panel has 32 columns, so a run of gcd(D, 32) columns lies in one head of one of q, k, v.
 #include "ops/qkv_projection.h"
 
-#include "cpu/activation.h"
+#include "cpu/activated_rows.h"
 #include "cpu/panel_gemm.h"
 #include "cpu/rotate.h"
 
 namespace alula::ALULA_ISA {
 namespace {
 
-// Where `column` of row `row` goes; null for the key and value of padding.
-template <typename W>
-W* destination(const QkvProjectionArgs& args, int64_t row, int64_t column) {
-  const int64_t d = args.head_dim;
-  if (column < args.num_heads * d) return static_cast<W*>(args.q) + row * args.num_heads * d + column;
-  const int32_t position = args.positions[row];
-  if (position < 0) return nullptr;
-  const int64_t head = (column - args.num_heads * d) / d;  // of the G key heads, then the G value heads
-  const bool is_value = head >= args.num_kv_heads;
-  const int64_t group = is_value ? head - args.num_kv_heads : head;
-  return static_cast<W*>(args.kv_cache) + row / args.tokens * args.kv_strides[0] + group * args.kv_strides[1] +
-         position * args.kv_strides[2] + (is_value ? d : 0) + column % d;
-}
+// A run of columns of one head, for some rows of the product.
+struct Run {
+  int64_t row, rows;      // of X: the first, how many
+  int64_t column, count;  // of the product
+  const float* sums;      // [rows][kPanel], from `column` on
+  int64_t turned_to;      // the head's values below this one are turned; 0: none
+};
 
-// Turns the q and k values among `count` values of one head, whose first is value `d` of that head.
+// Turns the q and k values among a run's of row `row`, the first of which is value `d` of the head.
 ALULA_INLINE void rotate_run(const QkvProjectionArgs& args, int64_t row, int64_t d, float* values, int64_t count) {
-  if (d >= args.rotary_dim) return;
   const float* cosine = args.rotary_table + args.rotary_positions[row] * args.rotary_dim + d / 2;
   const int64_t turned = args.rotary_dim - d < count ? args.rotary_dim - d : count;
   rotate_interleaved(values, cosine, cosine + args.rotary_dim / 2, turned);
 }
 
-template <typename W>
-ALULA_INLINE void write_run(W* out, const float* values, int64_t count) {
-  for (int64_t j = 0; j < count; j += Vec::kWidth) {
-    const int lanes = static_cast<int>(count - j < Vec::kWidth ? count - j : Vec::kWidth);
-    if (lanes == Vec::kWidth) {
-      store(out + j, load(values + j));
-    } else {
-      store(out + j, load(values + j, lanes), lanes);
+// Bias, rotation and the write to `to(i)` of row i of the run; null where there is nowhere to write.
+template <typename W, typename To>
+ALULA_INLINE void write_run(const QkvProjectionArgs& args, const Run& run, const To& to) {
+  const W* bias = args.gemm.bias ? static_cast<const W*>(args.gemm.bias) + run.column : nullptr;
+  const int64_t in_head = run.column % args.head_dim;
+  const bool turns = in_head < run.turned_to;
+  for (int64_t i = 0; i < run.rows; i++) {
+    W* out = to(i);
+    if (out == nullptr) continue;
+    const float* values = run.sums + i * kPanel;
+    alignas(64) float turned[kPanel];
+    if (turns) {
+      for_each_column(bias, run.count, values, [&](int64_t j, int, Vec value) { store(turned + j, value); });
+      rotate_run(args, run.row + i, in_head, turned, run.count);
+      values = turned;
     }
+    for_each_column<W>(turns ? nullptr : bias, run.count, values,
+                       [&](int64_t j, int lanes, Vec value) { write_values<W>(out + j, nullptr, lanes, value); });
+  }
+}
+
+template <typename W>
+void write_queries(const QkvProjectionArgs& args, const Run& run) {
+  const int64_t stride = args.num_heads * args.head_dim;
+  W* out = static_cast<W*>(args.q) + run.row * stride + run.column;
+  write_run<W>(args, run, [=](int64_t i) { return out + i * stride; });
+}
+
+// Keys and values to the slots of their tokens; those of padding nowhere.
+template <typename W>
+void write_keys_or_values(const QkvProjectionArgs& args, Run run) {
+  const int64_t d = args.head_dim, end = run.row + run.rows;
+  const int64_t head = run.column / d - args.num_heads;  // of the G key heads, then the G value heads
+  const bool is_value = head >= args.num_kv_heads;
+  const int64_t group = is_value ? head - args.num_kv_heads : head;
+  W* const heads = static_cast<W*>(args.kv_cache) + group * args.kv_strides[1] + (is_value ? d : 0) + run.column % d;
+  const int64_t slot_stride = args.kv_strides[2];
+  while (run.row < end) {  // the rows of one of the batch at a time
+    const int64_t batch = run.row / args.tokens, batch_end = (batch + 1) * args.tokens;
+    W* const slots = heads + batch * args.kv_strides[0];
+    const int32_t* positions = args.positions + run.row;
+    run.rows = (batch_end < end ? batch_end : end) - run.row;
+    write_run<W>(args, run, [=](int64_t i) { return positions[i] < 0 ? nullptr : slots + positions[i] * slot_stride; });
+    run.row += run.rows;
+    run.sums += run.rows * kPanel;
   }
 }
 
 template <typename W>
 void write_rows(const QkvProjectionArgs& args, int64_t row, int64_t panel, int64_t rows, const float* c) {
-  const W* bias = static_cast<const W*>(args.gemm.bias);
   const int64_t d = args.head_dim;
   const int64_t lowest_bit = d & -d;
-  const int64_t run = lowest_bit < kPanel ? lowest_bit : kPanel;
-  const int64_t turned_columns = args.rotary_table ? (args.num_heads + args.num_kv_heads) * d : 0;  // q and k
-  const int64_t qkv_columns = (args.num_heads + 2 * args.num_kv_heads) * d;
-  const int64_t left = args.gemm.n - panel * kPanel;
-  const int64_t columns = left < kPanel ? left : kPanel;
-  for (int64_t i = 0; i < rows; i++) {
-    alignas(64) float values[kPanel];
-    for_each_column(bias, args.gemm.n, panel, c + i * kPanel,
-                    [&](int64_t column, int, Vec value) { store(values + column - panel * kPanel, value); });
-    int64_t first = 0;
-    for (; first < columns && panel * kPanel + first < qkv_columns; first += run) {
-      const int64_t column = panel * kPanel + first;
-      W* out = destination<W>(args, row + i, column);
-      if (out == nullptr) continue;
-      if (column < turned_columns) rotate_run(args, row + i, column % d, values + first, run);
-      write_run(out, values + first, run);
-    }
-    if (first < columns) {
-      const int64_t column = panel * kPanel + first - qkv_columns;
-      activate(args.mlp_activation, values + first, columns - first);
-      write_run(static_cast<W*>(args.mlp) + (row + i) * args.mlp_stride + column, values + first, columns - first);
-    }
+  const int64_t count = lowest_bit < kPanel ? lowest_bit : kPanel;
+  const int64_t q_end = args.num_heads * d, k_end = q_end + args.num_kv_heads * d;
+  const int64_t qkv_end = k_end + args.num_kv_heads * d;
+  const int64_t begin = panel * kPanel, end = begin + kPanel < args.gemm.n ? begin + kPanel : args.gemm.n;
+  const int64_t rotary_dim = args.rotary_table ? args.rotary_dim : 0;
+  int64_t column = begin;
+  for (; column < end && column < qkv_end; column += count) {
+    const Run run = {row, rows, column, count, c + column - begin, column < k_end ? rotary_dim : 0};
+    column < q_end ? write_queries<W>(args, run) : write_keys_or_values<W>(args, run);
   }
+  if (column == end) return;
+  const auto* bias = static_cast<const W*>(args.gemm.bias);
+  activated_writer<W>(args.mlp_activation)({.rows = rows,
+                                            .columns = end - column,
+                                            .sums = c + column - begin,
+                                            .bias = bias ? bias + column : nullptr,
+                                            .activation = args.mlp_activation,
+                                            .residual = nullptr,
+                                            .out = static_cast<W*>(args.mlp) + row * args.mlp_stride + column - qkv_end,
+                                            .stride = args.mlp_stride});
 }
 
 void multiply(const QkvProjectionArgs& args, const void* packed, int64_t first_panel, int64_t last_panel,
