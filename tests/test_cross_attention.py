@@ -216,7 +216,10 @@ def test_calls_that_cannot_be_right() -> None:
         with pytest.raises(ValueError, match=message):
             model(ids, past_key_values=past, **kwargs)
         assert past.get_seq_length() == columns
+    with pytest.raises(ValueError, match="labels have shape"):  # seen when the pass is over
+        model(ids, past_key_values=new, labels=ids[:, 1:], **encoder)
     assert new.cross is None
+    assert new.get_seq_length() == 0
     with pytest.raises(ValueError, match="add_cross_attention=True is not supported with multi-query attention"):
         GPTBigCodeConfig(add_cross_attention=True)
     plain = alula.CodeGenForCausalLM(alula.CodeGenConfig(n_embd=64, n_head=4, n_layer=1, vocab_size=20, rotary_dim=8))
