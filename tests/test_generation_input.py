@@ -121,3 +121,21 @@ def test_generation_config_files(tmp_path):
             GenerationConfig.from_pretrained(tmp_path)
     path.unlink()
     assert GenerationConfig.from_pretrained(tmp_path, ToyDecoder().config).eos_ids == ()
+
+
+def test_generation_configurations_are_updated_in_place():
+    config = GenerationConfig(eos_token_id=3)
+    copy = config.updated(top_k=7, eos_token_id=[])
+    assert (copy.top_k, copy.eos_ids, config.top_k, config.eos_ids) == (7, (), 0, (3,))
+    assert config.update(top_k=7, max_new_tokens=4) == {}
+    assert (config.top_k, config.max_new_tokens, config.eos_ids) == (7, 4, (3,))
+    assert config.to_diff_dict() == {"top_k": 7, "max_new_tokens": 4, "eos_token_id": 3}
+    assert GenerationConfig(**config.to_dict()) == config
+    for options, message in (({"top_p": 3.0}, "top_p must be"), ({"top_q": 0.5}, "did you mean `top_p`")):
+        with pytest.raises(ValueError, match=message):
+            config.update(top_k=9, **options)
+        assert config.top_k == 7
+    model = ToyDecoder()
+    model.generation_config = GenerationConfig()
+    model.generation_config.update(max_new_tokens=4)
+    assert generate(model, [1]).shape == (1, 5)

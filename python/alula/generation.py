@@ -72,7 +72,7 @@ class Generation:
         if generation_config is not None:
             generation_config = GenerationConfig.of(generation_config)
             config = config.merge(generation_config)
-        config = config.update(**options)
+        config = config.updated(**options)
         warn_unused(config, options)
         if (config.stop_strings or with_text) and tokenizer is None:
             raise ValueError("stop_strings need a tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)")
@@ -98,7 +98,7 @@ class Generation:
         self._pad_id = pad_id_of(config)
         # An end beyond the vocabulary (a small model with the default ids of its family) has no logit to be held down.
         if any(token >= model.config.vocab_size for token in config.eos_ids):
-            config = config.update(eos_token_id=[id for id in config.eos_ids if id < model.config.vocab_size])
+            config = config.updated(eos_token_id=[id for id in config.eos_ids if id < model.config.vocab_size])
         self.config = config
         self.seeds = seeds
         self.length = num_columns

@@ -124,16 +124,23 @@ class GenerationConfig:
             warnings.warn(f"{path}: alula does not support {', '.join(ignored)} and goes on without", stacklevel=2)
         known = {name: options[name] for name in cls.names() if options.get(name) is not None}
         try:
-            return cls.from_model_config(model_config).update(**known)
+            return cls.from_model_config(model_config).updated(**known)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write generation_config.json into `folder`: the options that differ from the defaults."""
-        default = GenerationConfig()
-        options = {n: getattr(self, n) for n in self.names() if getattr(self, n) != getattr(default, n)}
-        text = json.dumps(options, indent=2) + "\n"
+        text = json.dumps(self.to_diff_dict(), indent=2) + "\n"
         (Path(folder) / "generation_config.json").write_text(text, encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option by name."""
+        return {name: getattr(self, name) for name in self.names()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The options that differ from the defaults."""
+        default = GenerationConfig().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != default[name]}
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> GenerationConfig:
@@ -141,7 +148,7 @@ class GenerationConfig:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         return cls(**{name: getattr(model_config, name, None) for name in names})
 
-    def update(self, **options: Any) -> GenerationConfig:
+    def updated(self, **options: Any) -> GenerationConfig:
         """Return a checked copy with `options` set.
 
         None leaves an option as it is.  A `max_length` given without `max_new_tokens` puts an earlier `max_new_tokens`
@@ -171,6 +178,16 @@ class GenerationConfig:
         config.check()
         return config
 
+    def update(self, **options: Any) -> dict[str, Any]:
+        """Set `options` in place, all or none, as `updated` reads them.
+
+        Returns {}: transformers gives the names back that it does not know, which are a ValueError here.
+        """
+        changed = self.updated(**options)
+        for f in fields(self):
+            setattr(self, f.name, getattr(changed, f.name))
+        return {}
+
     @classmethod
     def of(cls, given: Any) -> GenerationConfig:
         """`given` itself, or the options that a `transformers.GenerationConfig` sets; TypeError for anything else."""
@@ -182,13 +199,12 @@ class GenerationConfig:
             )
         options = given.to_diff_dict()
         options.pop("transformers_version", None)
-        return cls().update(**{name: value for name, value in options.items() if not name.startswith("_")})
+        return cls().updated(**{name: value for name, value in options.items() if not name.startswith("_")})
 
     def merge(self, other: GenerationConfig) -> GenerationConfig:
         """Return a copy with what was chosen in `other`, or differs there from the defaults, set."""
-        default = GenerationConfig()
-        changed = {n for n in self.names() if n in other.chosen or getattr(other, n) != getattr(default, n)}
-        return self.update(**{name: getattr(other, name) for name in changed})
+        changed = other.chosen | other.to_diff_dict().keys()
+        return self.updated(**{name: getattr(other, name) for name in changed})
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

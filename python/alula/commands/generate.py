@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         "stop_strings": args.stop,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    GenerationConfig().update(**options)  # complains before anything is loaded
+    GenerationConfig().updated(**options)  # complains before anything is loaded
     if args.seed is not None and args.seed < 0:
         raise CommandError(f"--seed must be at least 0, but is {args.seed}")
     if any(name in options for name in _SAMPLING):
