@@ -300,6 +300,7 @@ def test_logits_to_keep(lm: str) -> None:
         torch.tensor([0, 3, 11]),
         torch.tensor([-1]),
         torch.tensor([[1], [4], [7]]),
+        torch.tensor([[-1, 2], [0, -12], [-3, 11]]),
         flags,
     ):
         if isinstance(keep, Tensor) and keep.dim() == 2 and not SELECTS_BY_ROW:
