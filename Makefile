@@ -9,7 +9,7 @@ CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 .PHONY: demo test test-transformers-4 bench lint format tidy sanitize wheel build resources prebuilt gpu clean help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make /make /p' Makefile
 	@echo "also: build, bench, test-transformers-4, lint, format, tidy, sanitize, wheel, resources, prebuilt, gpu, clean"
 
 # CUDA kernels take minutes to compile: without a GPU the demo leaves them out, unless ALULA_CUDA=1.

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         import matplotlib
     except ImportError:
-        report.note('alula bench plot: matplotlib is not installed: pip install "alula[bench]"')
+        report.note("alula bench plot: matplotlib is not installed: pip install matplotlib")
         return 2
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import random
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from alula.bench import contexts, limits, machine, model_folder, presets, report, through
 from alula.bench.encoder_rounds import EncoderGroup
-from alula.bench.engine import Engine
+from alula.bench.engine import Engine, EngineError
 from alula.bench.model_rounds import QUANTIZED, Group, Workload, plan_groups
 from alula.bench.peers import ENCODER_PEERS, PEERS
 
@@ -75,7 +76,8 @@ def default_cache() -> Path:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
-    """0: done and alula right; 1: alula wrong or failed; 2: arguments that cannot be; 130: interrupted."""
+    """0: done and alula right; 1: alula wrong or failed; 2: arguments that cannot be, or nothing to compare with; 130:
+    interrupted."""
     if args.quick:
         args.rounds, args.new_tokens = 1, min(args.new_tokens, 4)
     config, is_encoder = presets.config_of(args.preset), args.preset in presets.ENCODERS
@@ -84,6 +86,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         workload = make_encoder_workload(args, config) if is_encoder else make_workload(args, config)
     except ValueError as error:
         report.note(f"alula bench model: {error}")
+        return 2
+    if not has_reference():
+        report.note("alula bench model compares with transformers, which is missing: pip install transformers")
         return 2
     torch.set_num_threads(args.threads)
     folder = model_folder.ensure(args.cache, args.preset, "bf16" if args.dtype in QUANTIZED else args.dtype)
@@ -124,12 +129,20 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             if "alula" in members and "alula" not in group.right:
                 status = 1
                 break
+    except EngineError as error:  # other engines' are caught where they are checked and timed
+        report.note(f"alula bench model: {error}")
+        status = 2
     except KeyboardInterrupt:
         report.note("interrupted; the results so far stand above")
         status = 130
     finally:
         recorder.close()
     return status
+
+
+def has_reference() -> bool:
+    """Whether transformers is there, whose outputs every engine's are compared with."""
+    return importlib.util.find_spec("transformers") is not None
 
 
 def engine_names(args: argparse.Namespace) -> list[str]:

@@ -311,6 +311,7 @@ class FakeEngine:
 @pytest.fixture
 def fake_engines(monkeypatch, tmp_path):
     monkeypatch.setattr(model_rounds, "Engine", FakeEngine)
+    monkeypatch.setattr(run_model, "has_reference", lambda: True)
     monkeypatch.setattr(model_rounds, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(limits, "measure", lambda *_: MEASURED)
     monkeypatch.setattr(limits, "read_bandwidth", lambda *_: 8.0)
@@ -338,6 +339,25 @@ def test_rounds_make_records_with_ratios(fake_engines, capsys):
     captured = capsys.readouterr()
     assert "openvino: left out: no module named openvino" in captured.err
     assert "alula / it" in captured.out
+
+
+def test_without_transformers_nothing_begins(fake_engines, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run_model, "has_reference", lambda: False)
+    common = ["--preset", "toy", "--dtype", "fp32", "--threads", "1", "--cache", str(tmp_path / "cache")]
+    assert main(["model", *common]) == 2
+    assert "compares with transformers, which is missing" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_reference_that_fails_is_said(fake_engines, monkeypatch, capsys):
+    def fail(engine, **setup):
+        raise EngineError("reference failed in load: no memory")
+
+    monkeypatch.setattr(FakeEngine, "load", fail)
+    status, (header,) = fake_engines("--peers", "hf-sdpa", "--rounds", "1", "--prompt-tokens", "16")
+    assert status == 2
+    assert header["preset"] == "toy"
+    assert "alula bench model: reference failed in load: no memory" in capsys.readouterr().err
 
 
 def test_several_contexts_are_timed_in_turn(fake_engines, monkeypatch, capsys):

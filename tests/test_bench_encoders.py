@@ -56,6 +56,7 @@ class FakeEngine:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(encoder_rounds, "Engine", FakeEngine)
+    monkeypatch.setattr(run_model, "has_reference", lambda: True)
     monkeypatch.setattr(encoder_rounds, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(limits, "measure", lambda *_: MEASURED)
 

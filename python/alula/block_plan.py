@@ -232,7 +232,7 @@ class BlockPlan(OnDevices):
     def save_picture(self, path: str, head: int = 0) -> None:
         """Write a picture with a square for each pair of tokens that see each other, darker the more often it counts.
 
-        Needs matplotlib (``pip install "alula[bench]"``).
+        Needs matplotlib (``pip install matplotlib``).
         """
         import matplotlib
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         plan.save_picture(str(args.out), args.head)
     except ImportError:
         raise CommandError(
-            'a picture needs matplotlib: pip install "alula[bench]"; without --out it is drawn as text'
+            "a picture needs matplotlib: pip install matplotlib; without --out it is drawn as text"
         ) from None
     print(f"{plan.describe()}: {args.out}")
     return 0
