@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from alula import ops
@@ -37,11 +39,47 @@ def test_memory_goes_back_tensor_by_tensor() -> None:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
 
-    layers = [layer.fill_(1) for layer in ops.cache_layers(torch.empty(0), 4, (1, 8, 4096, 128))]
+    layers = [layer.fill_(1) for layer in ops.cache_layers(torch.empty(0), 4, (1, 20, 4096, 128))]
     before = resident()
     del layers[1], layers[1]
-    assert before - resident() > 30 << 20  # two of 16 MiB
+    assert before - resident() > 75 << 20  # two of 40 MiB
     assert all(bool((layer == 1).all()) for layer in layers)
+
+
+def test_the_next_cache_has_the_memory_of_the_last_one() -> None:
+    def make(tokens: int) -> list[torch.Tensor]:
+        return ops.cache_layers(torch.empty(0), 4, (1, 8, tokens, 128))
+
+    layers = make(1024)
+    where = [layer.data_ptr() for layer in layers]
+    kept = layers[2].fill_(3)
+    del layers
+    others = make(1024)  # one tensor of the first is still there
+    assert kept.data_ptr() not in [layer.data_ptr() for layer in others]
+    for layer in others:
+        layer.fill_(4)
+    assert bool((kept == 3).all())
+    other = others[0].data_ptr()
+    del kept
+    assert [layer.data_ptr() for layer in make(1024)] == where
+    assert make(1000)[0].data_ptr() == where[0]  # a little less fits
+    assert make(300)[0].data_ptr() != where[0]  # that would be wasted; now this is the last one
+    del others, layer
+    assert make(600)[0].data_ptr() == other
+
+
+def test_threads_have_caches_of_their_own() -> None:
+    def work(number: int) -> bool:
+        right = True
+        for i in range(20):
+            layers = ops.cache_layers(torch.empty(0), 3, (1, 4, 512 + 64 * (i % 3), 128))
+            for j, layer in enumerate(layers):
+                layer.fill_(100 * number + j)
+            right &= all(bool((layer == 100 * number + j).all()) for j, layer in enumerate(layers))
+        return right
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ constexpr size_t kSlabBytes = 64 << 20;
 constexpr size_t kAlignment = 64;
 constexpr size_t kPage = 4096;
 constexpr size_t kLargePage = 2 << 20;
+constexpr size_t kSpareBytes = 128 << 20;  // the largest mapping of a cache that the next one may get
 
 constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 // A mapping that tensors are cut from, one after the other. It lives as long as any of them.
 class Slab {
  public:
-  explicit Slab(size_t bytes) : size_(bytes) {
+  // keeps_pages: of single tensors, for whoever gets the slab after the last one.
+  explicit Slab(size_t bytes, bool keeps_pages = false) : size_(bytes), keeps_pages_(keeps_pages) {
     base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     ALULA_CHECK(base_ != MAP_FAILED, "there is no memory for ", size_, " bytes");
     ask_for_large_pages(base_, static_cast<int64_t>(size_));
@@ -33,6 +35,17 @@ class Slab {
     munmap(base_, size_);
   }
 
+  size_t size() const { return size_; }
+
+  // Empty, for other tensors. The system may take its pages until somebody writes to them.
+  void clear() {
+    used_ = 0;
+    forbid(base_, size_);
+#if defined(MADV_FREE)
+    madvise(base_, size_, MADV_FREE);  // a wish: failing is fine
+#endif
+  }
+
   // Null where it does not fit.
   void* take(size_t bytes) {
     if (bytes > size_ - used_) return nullptr;
@@ -42,13 +55,13 @@ class Slab {
     return data;
   }
 
-  // Gives whole pages back to the system; the room at the end is used again.
+  // Gives whole pages back to the system, unless they are kept; the room at the end is used again.
   void release(void* data, size_t bytes) {
     forbid(data, bytes);
     const auto begin = static_cast<size_t>(static_cast<char*>(data) - static_cast<char*>(base_));
     const size_t end = begin + round_up(bytes, kAlignment);
     const size_t first = round_up(begin, kPage), last = end / kPage * kPage;
-    if (first < last) madvise(static_cast<char*>(base_) + first, last - first, MADV_DONTNEED);
+    if (first < last && !keeps_pages_) madvise(static_cast<char*>(base_) + first, last - first, MADV_DONTNEED);
     if (end == used_) used_ = begin;
   }
 
@@ -56,11 +69,14 @@ class Slab {
   void* base_;
   size_t size_;
   size_t used_ = 0;
+  bool keeps_pages_;
 };
 
 struct State {
   std::mutex mutex;
   std::shared_ptr<Slab> current;  // what the next weight is cut from
+  std::mutex spare_mutex;
+  std::unique_ptr<Slab> spare;  // of the last cache that went
 };
 // Never destroyed: weights may outlive every other static object.
 State& state() {
@@ -87,6 +103,24 @@ Piece take(size_t bytes) {
     data = s.current->take(bytes);
   }
   return {s.current, data};
+}
+
+// For a cache of `bytes`: the spare one if it fits well.
+std::shared_ptr<Slab> cache_slab(size_t bytes) {
+  if (bytes > kSpareBytes) return std::make_shared<Slab>(bytes);
+  State& s = state();
+  std::unique_ptr<Slab> slab;
+  {
+    const std::lock_guard lock(s.spare_mutex);
+    if (s.spare && s.spare->size() >= bytes && s.spare->size() / 2 <= bytes) slab = std::move(s.spare);
+  }
+  if (!slab) slab = std::make_unique<Slab>(bytes, true);
+  return {slab.release(), [&s](Slab* used) {
+            std::unique_ptr<Slab> spare(used);
+            spare->clear();
+            const std::lock_guard lock(s.spare_mutex);
+            s.spare.swap(spare);
+          }};
 }
 
 struct Layout {
@@ -132,7 +166,7 @@ std::vector<Tensor> new_cache_tensors(int64_t count, const std::vector<int64_t>&
     for (int64_t i = 0; i < count; i++) tensors.push_back(torch::stable::empty(sizes, dtype));
     return tensors;
   }
-  const auto slab = std::make_shared<Slab>(round_up(all, kLargePage));
+  const std::shared_ptr<Slab> slab = cache_slab(round_up(all, kLargePage));
   for (int64_t i = 0; i < count; i++) {
     tensors.push_back(tensor_in({slab, slab->take(layout.bytes)}, sizes, layout, dtype));
   }
