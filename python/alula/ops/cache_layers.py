@@ -18,7 +18,8 @@ def cache_layers(like: Tensor, count: int, sizes: Sequence[int]) -> list[Tensor]
     Args:
         like: has the dtype (float32, bfloat16, float16) and the device. count: how many. sizes: of each.
 
-    Returns: contiguous tensors that share no storage; each one's memory goes back to the system when it does.
+    Returns: contiguous tensors that share no storage. Up to 128 MiB of the last ones that went wait for the
+    next; of more, each one's memory goes back to the system when it does.
     RuntimeError for other dtypes and negative numbers.
     """
     return torch.ops.alula.cache_layers(like, count, sizes)
