@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from alula.generation import GenerationConfig, generate, stream
@@ -57,6 +58,8 @@ from toy_decoder import ToyDecoder
         ([1], {"nonsense": 3}, "no option `nonsense`; accepted: bos_token_id, "),
         ([1], {"do_sample": True, "seed": -3}, "seed must be an integer >= 0"),
         ([1], {"do_sample": True, "seed": [1, 2]}, r"a list of 1 \(one per row\)"),
+        ([1], {"do_sample": True, "seed": 1.5}, "seed must be an integer >= 0"),
+        ([1], {"eos_token_id": torch.tensor([1.5])}, "eos_token_id must be"),
         ([1], {"do_sample": True, "seed": 1, "generator": torch.Generator()}, "not both"),
     ],
 )
@@ -139,3 +142,12 @@ def test_generation_configurations_are_updated_in_place():
     model.generation_config = GenerationConfig()
     model.generation_config.update(max_new_tokens=4)
     assert generate(model, [1]).shape == (1, 5)
+
+
+def test_numbers_may_come_as_arrays_and_tensors():
+    model = ToyDecoder()
+    plain = {"max_new_tokens": 6, "do_sample": True, "temperature": 0.5, "eos_token_id": [3, 4], "pad_token_id": 3}
+    wrapped = {name: torch.tensor(value) for name, value in plain.items()} | {"do_sample": np.bool_(True)}
+    expected = generate(model, [[1], [2]], seed=7, **plain)
+    for seed in (torch.tensor(7), np.int64(7), torch.tensor([7, 8]), np.array([7, 8])):
+        assert torch.equal(generate(model, [[1], [2]], seed=seed, **wrapped), expected)

@@ -151,9 +151,10 @@ class GenerationConfig:
     def updated(self, **options: Any) -> GenerationConfig:
         """Return a checked copy with `options` set.
 
-        None leaves an option as it is.  A `max_length` given without `max_new_tokens` puts an earlier `max_new_tokens`
-        out of force, and `min_length` a `min_new_tokens`.  An empty list of `eos_token_id` or `stop_strings` switches
-        it off.  Raises ValueError for an unknown name, naming the nearest, and for a value that is not accepted.
+        None leaves an option as it is; arrays and tensors count as the numbers in them.  A `max_length` given without
+        `max_new_tokens` puts an earlier `max_new_tokens` out of force, and `min_length` a `min_new_tokens`.  An empty
+        list of `eos_token_id` or `stop_strings` switches it off.  Raises ValueError for an unknown name, naming the
+        nearest, and for a value that is not accepted.
         """
         known = set(self.names())
         for name, value in options.items():
@@ -168,7 +169,7 @@ class GenerationConfig:
             )
             hint = f"; did you mean `{nearest[0]}`?" if nearest else f"; accepted: {', '.join(sorted(known))}"
             raise ValueError(f"generate() has no option `{name}`{hint}")
-        new = {name: value for name, value in options.items() if name in known and value is not None}
+        new = {name: _plain(value) for name, value in options.items() if name in known and value is not None}
         for total, added in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if total in new:
                 new.setdefault(added, None)
@@ -232,6 +233,11 @@ class GenerationConfig:
             not _is_sequence_of(self.stop_strings, str) or not all(self.stop_strings)
         ):
             raise ValueError(f"stop_strings must be non-empty strings, but is {self.stop_strings!r}")
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy or torch number or array as Python has it."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_neutral(name: str, value: Any) -> bool:

@@ -35,7 +35,10 @@ def row_seeds(seed: int | Sequence[int] | None, generator: torch.Generator | Non
         seed = int(torch.randint(2**62, (1,), generator=generator))
     elif generator is not None:
         raise ValueError("give `seed` or `generator`, not both")
-    seeds = [int(seed) + b for b in range(num_rows)] if isinstance(seed, Integral) else list(seed)
+    seed = seed.tolist() if hasattr(seed, "tolist") else seed
+    seeds = list(seed) if isinstance(seed, Sequence) else []
+    if isinstance(seed, Integral):
+        seeds = [int(seed) + b for b in range(num_rows)]
     if len(seeds) != num_rows or not all(isinstance(s, Integral) and s >= 0 for s in seeds):
         raise ValueError(f"seed must be an integer >= 0, or a list of {num_rows} (one per row), but is {seed!r}")
     return seeds
