@@ -222,7 +222,8 @@ void attend_block(const QueryTile& query, int row, const PackedKeyTile& keys, Fe
   alignas(64) float maxima[16], denominators[16], alpha[16], beta[16];
   for (int i = 0; i < kTileRows; i++) {
     float* s = scores + i * kScoreStride;
-    if (query.mask.add) query.mask.add(query.mask.context, row + i, keys.tile.first, visible[i], s);
+    // Rows that fill up the block see nothing, and are none that the mask knows.
+    if (query.mask.add && visible[i] > 0) query.mask.add(query.mask.context, row + i, keys.tile.first, visible[i], s);
     softmax_row<kPairs>(s, visible[i], most, maxima + i, denominators + i);
   }
   for (int i = kTileRows; i < 16; i++) maxima[i] = denominators[i] = 0;
