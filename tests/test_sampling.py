@@ -118,6 +118,15 @@ def test_extreme_temperatures():
     assert len({Sampler(s, temperature=1e30).draw(logits) for s in range(100)}) > 60
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 1e-17, 1e-300])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_token_is_kept_however_small_top_p_is(top_p, top_k):
+    logits = np.random.default_rng(0).normal(size=3000).astype(np.float32)
+    assert Sampler(0, top_p=top_p, top_k=top_k).draw(logits) == logits.argmax()
+    flat = np.zeros(3000, dtype=np.float32)
+    assert len(kept_tokens(flat, top_p=top_p, top_k=top_k)) == 1
+
+
 def test_greedy_takes_the_first_of_equals():
     logits = np.array([0.0, 3.0, 1.0, 3.0], dtype=np.float32)
     assert greedy(logits) == 1 == int(torch.from_numpy(logits).argmax())
