@@ -177,6 +177,10 @@ def test_bits_per_byte_is_the_likelihood(text: Path, capsys: pytest.CaptureFixtu
     pieces = bits_per_byte(model, tokenizer, TEXT, window=32, stride=8)
     assert (pieces.tokens, pieces.bytes) == (score.tokens, score.bytes)
     assert score.bits_per_byte < pieces.bits_per_byte < 1.5 * score.bits_per_byte
+    tokenizer.bos_token = tokenizer.eos_token = None  # then the first token is given, and is not scored
+    rest = bits_per_byte(model, tokenizer, TEXT)
+    first = tokenizer.decode(tokenizer.encode(TEXT)[:1])
+    assert (rest.tokens, rest.bytes) == (score.tokens - 1, len(TEXT) - len(first))
     report = evaluate(capsys, "--text", text, text)
     assert report["tokens"] == 2 * len(tokenizer.encode(text.read_text()))
     assert report["bytes"] == 2 * text.stat().st_size

@@ -279,8 +279,10 @@ def test_keep() -> None:
     )
     with pytest.raises(ValueError, match=r"keep names 'h\.7', which is no matrix of GPT2LMHeadModel; accepted"):
         kept(untied, "h.7")
-    small = fresh("GPT2ForSequenceClassification").quantize("int8")
-    assert not small.score.stored("weight").code  # fewer than 32 labels
+    for labels, is_quantized in ((31, False), (32, True)):
+        config = alula.GPT2Config(n_embd=64, n_head=2, n_layer=1, vocab_size=64, n_positions=8, num_labels=labels)
+        classifier = alula.GPT2ForSequenceClassification(config).quantize("int8")
+        assert bool(classifier.score.stored("weight").code) == is_quantized
 
 
 def test_embeddings_of_a_quantized_model() -> None:

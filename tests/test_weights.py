@@ -192,6 +192,15 @@ def test_heads_of_other_tasks(folder: Path) -> None:
     assert same(dict(theirs.state_dict()), model.state_dict())
 
 
+def test_tensors_that_the_index_forgot_are_found(folder: Path) -> None:
+    state = tensors()
+    save(state, folder, "a.safetensors")
+    index = {"weight_map": {name: "a.safetensors" for name in state if "wpe" not in name and "ln_f" not in name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ours = load(folder).state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in state.items())
+
+
 def test_dtype_and_device_arguments(folder: Path) -> None:
     save({n: v.bfloat16() for n, v in tensors().items()}, folder)
     for dtype in (None, "auto", "bfloat16", torch.bfloat16):
