@@ -35,12 +35,14 @@ struct Thread {
   void* data = nullptr;
   Execute execute = nullptr;
   std::vector<std::vector<AsyncCopy>> copies;  // committed groups, then the open one
+  uint64_t fence_time = 0;                     // of the last __threadfence
 };
 
 // Who touched a cell last, and when: a time is a pair (block barriers passed, warp barriers its warp has passed).
 struct Cell {
   uint64_t write_time = 0, read_time = 0;
   uint32_t write_warp_time = 0, read_warp_time = 0;
+  uint64_t copy_time = 0;            // of an asynchronous copy into it that is under way, else 0
   int16_t writer = -1, reader = -1;  // a reader of -2: several of one warp; -3: of several warps
   int16_t reader_warp = -1;
 };
@@ -103,6 +105,10 @@ void touch(Cell& cell, int64_t offset, bool writes) {
   const Thread& thread = *current;
   const int warp = thread.number / kLanes;
   const uint32_t warp_time = block.warp_time[static_cast<size_t>(warp)];
+  if (cell.copy_time >= block.start_time) {
+    fault("shared memory at byte " + std::to_string(offset) + (writes ? " is written" : " is read") +
+          " while an asynchronous copy into it is under way");
+  }
   if (cell.write_time >= block.start_time && cell.writer != thread.number &&
       !is_over(cell.write_time, cell.write_warp_time, cell.writer / kLanes, thread)) {
     race(offset, writes ? "writes" : "reads", "wrote", cell.writer);
@@ -226,6 +232,7 @@ void run_block(Index index) {
     thread.state = State::kReady;
     thread.has_passed = false;
     thread.copies.assign(1, {});
+    thread.fence_time = 0;
     thread.fiber.start(body);
   }
   std::fill(block.warp_time.begin(), block.warp_time.end(), 0u);
@@ -306,15 +313,23 @@ void check_shared(int64_t offset, int64_t bytes, int64_t alignment, bool writes)
   }
 }
 
+namespace {
+
+void set_copy_time(int64_t offset, uint64_t time) {
+  for (int64_t cell = offset / kCellBytes; cell * kCellBytes < offset + 16; cell++) {
+    block.cells[static_cast<size_t>(cell)].copy_time = time;
+  }
+}
+
+}  // namespace
+
 // The data arrive at the wait and not before; writing the destination begins now.
 void copy_async(int64_t offset, const void* from, bool is_there) {
   check_shared(offset, 16, 16, true);
   if (is_there && reinterpret_cast<uintptr_t>(from) % 16 != 0) fault("asynchronous copy from a misaligned address");
   AsyncCopy copy = {offset, {}};
   if (is_there) std::memcpy(copy.bytes.data(), from, 16);
-  for (int64_t cell = offset / kCellBytes; cell * kCellBytes < offset + 16; cell++) {
-    block.cells[static_cast<size_t>(cell)].write_time = 0;  // what was there is gone, what comes is not there
-  }
+  set_copy_time(offset, now);
   current->copies.back().push_back(copy);
 }
 
@@ -324,10 +339,25 @@ void copy_async_wait(int pending) {
   auto& groups = current->copies;
   while (static_cast<int>(groups.size()) - 1 > pending) {
     for (const AsyncCopy& copy : groups.front()) {
+      set_copy_time(copy.offset, 0);
       check_shared(copy.offset, 16, 16, true);
       std::memcpy(block.shared.data() + copy.offset, copy.bytes.data(), 16);
     }
     groups.erase(groups.begin());
+  }
+}
+
+void fence() { current->fence_time = now; }
+
+// What threads wrote to global memory before they were at a fence is there for whoever sees the count, if they met at a
+// barrier after it; a fence of the counting thread after a barrier serves all.
+void count_block() {
+  if (current->fence_time == now && now > block.start_time) return;
+  for (const Thread& thread : block.threads) {
+    if (thread.fence_time < block.start_time || (thread.fence_time == now && thread.number != current->number)) {
+      fault("the block is counted before what thread " + std::to_string(thread.number) +
+            " wrote is sure to be there: no __threadfence() with a barrier behind it");
+    }
   }
 }
 

@@ -7,7 +7,8 @@
 //     threads with no barrier between
 //   - collectives: lanes of one warp at different ones, lanes that left, shuffles from lanes that do not take part
 //   - barriers: threads at different ones, threads that left while others wait
-//   - asynchronous copies: data used before the wait, copies still under way at the end
+//   - asynchronous copies: their place read or written before the wait, copies still under way at the end
+//   - counters of blocks: a block that is counted before what its threads wrote is sure to be there
 // Global memory: each tensor is an allocation of its own and everything is compiled with AddressSanitizer.
 #pragma once
 
@@ -76,6 +77,10 @@ void warp_collective(const char* what, unsigned mask, void* data, Execute execut
 unsigned char* shared_memory();
 int64_t shared_size();
 void check_shared(int64_t offset, int64_t bytes, int64_t alignment, bool writes);
+
+// __threadfence; an atomic count of the block, by one of its threads.
+void fence();
+void count_block();
 
 void copy_async(int64_t offset, const void* from, bool is_there);
 void copy_async_commit();

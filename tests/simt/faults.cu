@@ -30,12 +30,16 @@ enum class Mistake : int {
   kOrderOfBlocks,       // blocks that rely on the order they run in
   kNoWaitForPrevious,   // some threads never wait for the kernel before
   kNextBeforeWait,      // the next kernel is let start first
+  kWriteUnderCopy,      // shared memory written where an asynchronous copy is under way to
+  kCopyUnderCopy,       // a second copy to the same place before the first is waited for
+  kNoFence,             // the block counts itself and its result may not be there yet
+  kNoFenceOfOthers,     // the same, but for the result of the thread that counts
 };
 
 // y[i] = sum of the `blockDim.x` values of x's block i, each thread bringing one. In a roundabout way, with room for
 // every mistake.
 template <Mistake kMistake>
-__global__ void sum_kernel(const float* x, float* y, int* counter, int n) {
+__global__ void sum_kernel(const float* x, float* y, int* counter, unsigned* blocks, int n) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, block = static_cast<int>(blockIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const Shared<float> values = dynamic_shared<float>();           // [threads]
@@ -56,6 +60,11 @@ __global__ void sum_kernel(const float* x, float* y, int* counter, int n) {
   // Every fourth thread copies the values of four.
   if (thread % 4 == 0) copy_async_16(values + thread, x + block * threads + thread, true);
   copy_async_commit();
+  if (kMistake == Mistake::kWriteUnderCopy && thread == 4) values[thread] = 0.0f;
+  if (kMistake == Mistake::kCopyUnderCopy && thread == 4) {
+    copy_async_16(values + thread, x + block * threads + thread, true);
+    copy_async_commit();
+  }
   if (kMistake == Mistake::kReadPastEnd || kMistake == Mistake::kReadBeforeStart) y[0] = x[from];
   if (kMistake != Mistake::kNoCopyWait && kMistake != Mistake::kCopyLeftOver) copy_async_wait<0>();
   if (kMistake == Mistake::kCopyLeftOver) return;
@@ -108,13 +117,17 @@ __global__ void sum_kernel(const float* x, float* y, int* counter, int n) {
     *counter += 1;
   }
   if (thread == 0) y[kMistake == Mistake::kWritePastEnd && block == 1 ? block + 1 : block] = total;
+  if (kMistake != Mistake::kNoFence && (kMistake != Mistake::kNoFenceOfOthers || thread == 0)) __threadfence();
+  __syncthreads();
+  if (thread == 0) atomicInc(blocks, gridDim.x - 1);
 }
 
 template <Mistake kMistake>
 void run_as(const simt::Request& request) {
   const auto threads = static_cast<int>(request.i("threads")), n = static_cast<int>(request.i("n"));
   launch("sum_kernel", sum_kernel<kMistake>, {{n / threads}, threads, threads * 4 + threads / 32 * 4, true},
-         request.stream(), request.t<const float>("x"), request.t<float>("y"), request.t<int>("counter"), n);
+         request.stream(), request.t<const float>("x"), request.t<float>("y"), request.t<int>("counter"),
+         request.t<unsigned>("blocks"), n);
 }
 
 template <int kFirst, int kLast>
@@ -123,7 +136,7 @@ void run_any(const simt::Request& request) {
   if constexpr (kFirst < kLast) run_any<kFirst + 1, kLast>(request);
 }
 
-const simt::Registration kSum("sum", run_any<0, static_cast<int>(Mistake::kNextBeforeWait)>);
+const simt::Registration kSum("sum", run_any<0, static_cast<int>(Mistake::kNoFenceOfOthers)>);
 
 // --- what the tensor cores are said to do ----------------------------------------------------------------------------
 

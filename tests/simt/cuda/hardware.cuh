@@ -132,12 +132,13 @@ T atomicAdd(T* to, T value) {
 }
 
 inline unsigned atomicInc(unsigned* to, unsigned last) {
+  simt::count_block();
   const unsigned before = *to;
   *to = before >= last ? 0 : before + 1;
   return before;
 }
 
-inline void __threadfence() {}
+inline void __threadfence() { simt::fence(); }
 inline void __threadfence_system() {}
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
@@ -262,7 +263,14 @@ inline uint32_t to_tf32(float x) {
   return (bits + 0x1000) & 0xffffe000;  // to nearest, halves away from zero
 }
 
-inline float exp2_approximate(float x) { return exp2f(x); }
+// Wrong by the most that the GPU may be, up or down as the bits of x have it; whole powers are exact.
+inline float exp2_approximate(float x) {
+  const float y = exp2f(x);
+  if (y < 0x1p-126f) return 0.0f;
+  if (!isfinite(y) || x == rintf(x)) return y;
+  const uint32_t mixed = std::bit_cast<uint32_t>(x) * 2654435769u;
+  return y * (mixed >> 31 != 0 ? 1.0f + 0x1p-22f : 1.0f - 0x1p-22f);
+}
 
 // --- tensor cores ----------------------------------------------------------------------------------------------------
 
