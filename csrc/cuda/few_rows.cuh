@@ -60,37 +60,38 @@ struct FewRows {
   static_assert(kMaxFewRows * kFeatures / 2 <= kThreads, "each pair of sums has a thread in the epilogue");
 };
 
+// Row `feature` of W; the last one in place of those beyond it, whose sums nobody reads.
+template <typename T>
+__device__ __forceinline__ const T* weight_row(const FewRowsParams& p, int feature) {
+  const int there = feature < p.n ? feature : p.n - 1;
+  return static_cast<const T*>(p.weight) + there * p.stride;
+}
+
 // 16 bytes of a row of W from `column` on; zeros beyond its end.
-__device__ __forceinline__ void load_weight(uint32_t (&w)[4], const FewRowsParams& p, int feature, int column,
-                                            int element_bytes) {
-  if (feature < p.n && column < p.stride) {
-    load_once(w, static_cast<const char*>(p.weight) + (feature * p.stride + column) * element_bytes);
-  } else {
+template <typename T>
+__device__ __forceinline__ void load_weight(uint32_t (&w)[4], const T* row, int column, int stride) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = 0;
-  }
+  for (int i = 0; i < 4; i++) w[i] = 0;
+  if (column < stride) load_once(w, row + column);
 }
 
 // N values of a vector of K from `column` on, as they lie there; zeros beyond its end. kIsEven: `is_aligned` is known
 // to hold, and there is no branch between two of these loads, so that several are under way together.
 template <bool kIsEven, int N, typename T>
-__device__ __forceinline__ Pack<T, N> load_raw(const T* from, int column, const FewRowsParams& p) {
-  Pack<T, N> pack = {};
+__device__ __forceinline__ Words<T, N> load_raw(const T* from, int column, const FewRowsParams& p) {
+  using Element = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  Words<T, N> raw = {};
   if (kIsEven || p.is_aligned) {
-    if (column < p.k) pack = *reinterpret_cast<const Pack<T, N>*>(from + column);
+    if (column < p.k) raw = *reinterpret_cast<const Words<T, N>*>(from + column);
   } else {
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      if (column + i < p.k) pack.values[i] = from[column + i];
+      if (column + i >= p.k) continue;
+      const uint32_t bits = reinterpret_cast<const Element*>(from)[column + i];
+      raw.words[i * static_cast<int>(sizeof(T)) / 4] |= bits << i * static_cast<int>(sizeof(T)) * 8 % 32;
     }
   }
-  return pack;
-}
-
-template <int N, typename T>
-__device__ __forceinline__ void widen(float (&v)[N], const Pack<T, N>& pack) {
-#pragma unroll
-  for (int i = 0; i < N; i++) v[i] = to_float(pack.values[i]);
+  return raw;
 }
 
 template <bool kIsEven, int N, typename T>
@@ -98,33 +99,70 @@ __device__ __forceinline__ void load_guarded(float (&v)[N], const T* from, int c
   widen(v, load_raw<kIsEven, N>(from, column, p));
 }
 
-// Mean and 1 / deviation of each row of X into `moments` [M][2]; a warp takes a row.
+// Mean and 1 / deviation of each row of X into `moments` [M][2]. One row is shared out over all warps: with no warp
+// idle the first product comes sooner. Of several rows each warp takes one, and adds up in the same order (as if it
+// were kWarps warps), so that a row's bits do not depend on how many there are. `scratch`: a float per warp.
 template <bool kIsEven, typename T>
-__device__ __forceinline__ void find_moments(const FewRowsParams& p, Shared<float> moments) {
-  constexpr int N = kPackSize<T>;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  for (int row = warp; row < p.m; row += FewRows::kWarps) {
-    const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k;
+__device__ __forceinline__ void find_moments(const FewRowsParams& p, Shared<float> moments, Shared<float> scratch) {
+  constexpr int N = kPackSize<T>, kWarps = FewRows::kWarps, kStep = FewRows::kThreads * N;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const auto width = static_cast<float>(p.k);
+  const auto add = [&](float& sum, const T* x, int column) {
+    float v[N];
+    load_guarded<kIsEven>(v, x, column, p);
+#pragma unroll
+    for (int i = 0; i < N; i++) sum += v[i];
+  };
+  const auto add_squares = [&](float& sum, const T* x, int column, float mean) {
+    float v[N];
+    load_guarded<kIsEven>(v, x, column, p);
+#pragma unroll
+    for (int i = 0; i < N; i++) sum += column + i < p.k ? (v[i] - mean) * (v[i] - mean) : 0.0f;
+  };
+  if (p.m == 1) {
+    const T* x = static_cast<const T*>(p.x);
     float sum = 0.0f, squares = 0.0f;
 #pragma unroll 4
-    for (int column = lane * N; column < p.k; column += kWarpSize * N) {
-      float v[N];
-      load_guarded<kIsEven>(v, x, column, p);
-#pragma unroll
-      for (int i = 0; i < N; i++) sum += v[i];
-    }
-    const float mean = reduce_lanes<Sum>(sum) / static_cast<float>(p.k);
+    for (int column = thread * N; column < p.k; column += kStep) add(sum, x, column);
+    const float mean = reduce_block<Sum>(sum, scratch) / width;
 #pragma unroll 4
-    for (int column = lane * N; column < p.k; column += kWarpSize * N) {
-      float v[N];
-      load_guarded<kIsEven>(v, x, column, p);
-#pragma unroll
-      for (int i = 0; i < N; i++) squares += column + i < p.k ? (v[i] - mean) * (v[i] - mean) : 0.0f;
+    for (int column = thread * N; column < p.k; column += kStep) add_squares(squares, x, column, mean);
+    const float variance = reduce_block<Sum>(squares, scratch) / width;
+    if (thread == 0) {
+      moments[0] = mean;
+      moments[1] = rsqrtf(variance + p.norm_eps);
     }
-    const float variance = reduce_lanes<Sum>(squares) / static_cast<float>(p.k);
-    if (lane == 0) {
-      moments[2 * row] = mean;
-      moments[2 * row + 1] = rsqrtf(variance + p.norm_eps);
+  } else {
+    const auto total = [](float (&sums)[kWarps]) {
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) sums[w] = reduce_lanes<Sum>(sums[w]);
+#pragma unroll
+      for (int distance = kWarps / 2; distance > 0; distance /= 2) {
+#pragma unroll
+        for (int w = 0; w < distance; w++) sums[w] += sums[w + distance];
+      }
+      return sums[0];
+    };
+#pragma unroll 1
+    for (int row = warp; row < p.m; row += kWarps) {
+      const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.k;
+      float sums[kWarps] = {}, squares[kWarps] = {};
+#pragma unroll 1
+      for (int first = lane * N; first < p.k; first += kStep) {
+#pragma unroll
+        for (int w = 0; w < kWarps; w++) add(sums[w], x, first + w * kWarpSize * N);
+      }
+      const float mean = total(sums) / width;
+#pragma unroll 1
+      for (int first = lane * N; first < p.k; first += kStep) {
+#pragma unroll
+        for (int w = 0; w < kWarps; w++) add_squares(squares[w], x, first + w * kWarpSize * N, mean);
+      }
+      const float variance = total(squares) / width;
+      if (lane == 0) {
+        moments[2 * row] = mean;
+        moments[2 * row + 1] = rsqrtf(variance + p.norm_eps);
+      }
     }
   }
   __syncthreads();
@@ -154,15 +192,17 @@ __device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shar
   const int feature = static_cast<int>(blockIdx.x) * FewRows::kFeatures + g;
   constexpr int kStride = FewRows::kWarps * kSpan;
 
+  const T* own_weight = weight_row<T>(p, feature);
+  const auto stride = static_cast<int>(p.stride);
   uint32_t next[kUnroll][4];
   const auto fetch = [&](int first) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) load_weight(next[u], p, feature, first + u * kStep + t * 8, sizeof(T));
+    for (int u = 0; u < kUnroll; u++) load_weight(next[u], own_weight, first + u * kStep + t * 8, stride);
   };
   fetch(warp * kSpan);  // under way while the rows' moments are found
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (kNorm) find_moments<kIsEven, T>(p, moments);
+  if (kNorm) find_moments<kIsEven, T>(p, moments, dynamic_shared<float>());
   float mean[kRows / 8], inverse[kRows / 8];
 #pragma unroll
   for (int half = 0; half < kRows / 8; half++) {
@@ -171,8 +211,8 @@ __device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shar
     inverse[half] = is_there ? static_cast<float>(moments[2 * (g + 8 * half) + 1]) : 0.0f;
   }
 
-  // Lanes without a row of their own read the last one: the warp stays together for the product. Without a bias the
-  // weight is read in its place, and not used.
+  // Lanes without a row of their own read the last one: the warp stays together for the product, and a row of X has a
+  // part in no sums but its own. Without a bias the weight is read in its place, and not used.
   const T* rows[kRows / 8];
 #pragma unroll
   for (int half = 0; half < kRows / 8; half++) {
@@ -193,8 +233,8 @@ __device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shar
     constexpr int kTogether = 2;
 #pragma unroll
     for (int u0 = 0; u0 < kUnroll; u0 += kTogether) {
-      Pack<T, 8> raw[kTogether][kRows / 8];
-      [[maybe_unused]] Pack<T, 8> raw_weight[kTogether], raw_bias[kTogether];
+      Words<T, 8> raw[kTogether][kRows / 8];
+      [[maybe_unused]] Words<T, 8> raw_weight[kTogether], raw_bias[kTogether];
 #pragma unroll
       for (int u = 0; u < kTogether; u++) {
         const int column = first + (u0 + u) * kStep + t * 8;
@@ -207,21 +247,23 @@ __device__ __forceinline__ void sum_on_tensor_cores(const FewRowsParams& p, Shar
       }
 #pragma unroll
       for (int u = 0; u < kTogether; u++) {
-        uint32_t x[2][4] = {};  // of rows g and g + 8; zeros where there is none
+        uint32_t x[2][4] = {};  // of rows g and g + 8
 #pragma unroll
         for (int half = 0; half < kRows / 8; half++) {
-          float v[8];
-          widen(v, raw[u][half]);
           if constexpr (kNorm) {
-            float w[8], b[8];
+            float v[8], w[8], b[8];
+            widen(v, raw[u][half]);
             widen(w, raw_weight[u]);
             widen(b, raw_bias[u]);
 #pragma unroll
             for (int i = 0; i < 8; i++)
               v[i] = (v[i] - mean[half]) * inverse[half] * w[i] + (p.norm_bias != nullptr ? b[i] : 0.0f);
-          }
 #pragma unroll
-          for (int i = 0; i < 4; i++) x[half][i] = g + 8 * half < p.m ? pair_of<T>(v[2 * i], v[2 * i + 1]) : 0;
+            for (int i = 0; i < 4; i++) x[half][i] = pair_of<T>(v[2 * i], v[2 * i + 1]);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) x[half][i] = raw[u][half].words[i];
+          }
         }
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
@@ -241,14 +283,16 @@ __device__ __forceinline__ void sum_in_fp32(const FewRowsParams& p, Shared<float
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const int feature = static_cast<int>(blockIdx.x) * FewRows::kFeatures + g;
+  const float* own_weight = weight_row<float>(p, feature);
+  const auto stride = static_cast<int>(p.stride);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (kNorm) find_moments<kIsEven, float>(p, moments);
+  if (kNorm) find_moments<kIsEven, float>(p, moments, dynamic_shared<float>());
 
   for (int first = warp * kSpan; first < p.k; first += FewRows::kWarps * kSpan) {
     uint32_t w[kUnroll][4];
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) load_weight(w[u], p, feature, first + u * kStep + t * 4, 4);
+    for (int u = 0; u < kUnroll; u++) load_weight(w[u], own_weight, first + u * kStep + t * 4, stride);
 #pragma unroll
     for (int m = 0; m < kRows; m++) {
       if (m >= p.m) break;

@@ -169,18 +169,20 @@ __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t 
   return y;
 }
 
-// 2^x, relative error 2^-22; 0 for -inf, inf for inf.
+// 2^x, relative error 2^-22; 0 for -inf and below 2^-126, inf for inf. One instruction: numbers that small would take
+// four.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
 // --- global memory -------------------------------------------------------------------------------------------------
 
-// 16 bytes that this kernel reads once and nobody writes meanwhile: past the first-level cache.
+// 16 bytes that this kernel reads once and nobody writes meanwhile: past the first-level cache. Not by ld.global.nc:
+// the assembler moves such a load behind wait_for_previous_kernel(), where it comes too late (seen in machine code).
 __device__ __forceinline__ void load_once(uint32_t (&r)[4], const void* from) {
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "l"(from));
 }

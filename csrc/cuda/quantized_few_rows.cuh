@@ -165,7 +165,8 @@ __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (p.x.norm_weight != nullptr) {
-    p.x.is_aligned ? find_moments<true, T>(p.x, moments) : find_moments<false, T>(p.x, moments);
+    const Shared<float> scratch = dynamic_shared<float>();
+    p.x.is_aligned ? find_moments<true, T>(p.x, moments, scratch) : find_moments<false, T>(p.x, moments, scratch);
   }
   float mean[kTiles] = {}, inverse[kTiles] = {};
 #pragma unroll

@@ -1,6 +1,8 @@
 // Several values at once: 16-byte loads and stores of any dtype, widened to fp32.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/hardware.cuh"
 
 namespace alula {
@@ -20,6 +22,28 @@ __device__ __forceinline__ void load_pack(float (&x)[N], const T* from) {
   const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
 #pragma unroll
   for (int i = 0; i < N; i++) x[i] = to_float(pack.values[i]);
+}
+
+// N values as they lie in memory, in registers of 32 bits. A Pack of 16-bit values that is loaded under a condition is
+// taken apart value by value (seen in machine code: two instructions each); words are not.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Words {
+  static constexpr int kWords = N * static_cast<int>(sizeof(T)) / 4;
+  uint32_t words[kWords];
+};
+
+template <int N, typename T>
+__device__ __forceinline__ void widen(float (&x)[N], const Words<T, N>& from) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if constexpr (std::is_same_v<T, float>) {
+      x[i] = float_of_bits(from.words[i]);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      x[i] = float_of_bits(i % 2 == 0 ? from.words[i / 2] << 16 : from.words[i / 2] & 0xffff0000);
+    } else {
+      x[i] = to_float(T{static_cast<uint16_t>(from.words[i / 2] >> 16 * (i % 2))});
+    }
+  }
 }
 
 // fp32 to two instructions of 16 bytes where N is 8.
