@@ -51,7 +51,7 @@ def test_groups(ops: Ops, heads: int, kv_heads: int, tokens: int, dtype: torch.d
     check(ops, make(shapes.Attention(2, tokens, 36, heads, kv_heads, 24), dtype))
 
 
-@pytest.mark.parametrize("keys, multiprocessors", [(130, 1), (257, 2), (600, 3), (1025, 8), (1100, 100)])
+@pytest.mark.parametrize("keys, multiprocessors", [(130, 1), (257, 2), (600, 3), (1025, 8), (4400, 100)])
 @pytest.mark.parametrize("heads", [4, 20])
 def test_decode_with_keys_split_over_blocks(
     ops: Ops, keys: int, multiprocessors: int, heads: int, dtype: torch.dtype
@@ -61,14 +61,14 @@ def test_decode_with_keys_split_over_blocks(
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("tokens, past", [(1, 600), (40, 30)])
+@pytest.mark.parametrize("batch, tokens, past", [(2, 1, 600), (2, 40, 30), (1, 1, 4200)])
 def test_any_order_has_the_same_bits(
-    executor: Executor, order: str, tokens: int, past: int, dtype: torch.dtype
+    executor: Executor, order: str, batch: int, tokens: int, past: int, dtype: torch.dtype
 ) -> None:
     """Of threads and of blocks: whoever comes last merges the splits in the order of the keys."""
-    case = make(shapes.Attention(2, tokens, past, 4, 2, 24), dtype)
-    actual = Ops(executor, order).attention(*case, num_multiprocessors=8)
-    assert_equal_bits(actual, Ops(executor).attention(*case, num_multiprocessors=8))
+    case = make(shapes.Attention(batch, tokens, past, 2 * batch, batch, 24), dtype)
+    actual = Ops(executor, order).attention(*case, num_multiprocessors=8 * past // 256)
+    assert_equal_bits(actual, Ops(executor).attention(*case, num_multiprocessors=8 * past // 256))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 16])

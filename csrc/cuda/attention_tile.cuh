@@ -46,22 +46,37 @@ struct Tile {
   static constexpr int kSumsBytes = kKeyWarps * kRows * kD * 4;
   static constexpr int kLimitsOffset = kQueryBytes + std::max(kStages * kStageBytes, kSumsBytes);
   static constexpr int kStatesOffset = kLimitsOffset + kRows * 4;
-  static constexpr int kScratchOffset = kStatesOffset + kKeyWarps * kRows * 2 * 4;
+  static constexpr int kScratchOffset = kStatesOffset + (kKeyWarps + 1) * kRows * 2 * 4;
   static constexpr int kSharedBytes = kScratchOffset + kWarps * 4;
   static_assert(kWarpKeys % WarpProduct<T>::kDepth == 0 && kWarpKeys % 8 == 0, "a warp's keys are whole steps");
   static_assert(kD % 16 == 0, "head sizes are rounded up to whole steps");
   static_assert(kSharedBytes <= 99 * 1024, "every GPU since sm_80 can give a block this much");
 };
 
-// 16 bytes from global to shared memory; element by element where the source does not lie even.
-template <typename T, int N>
-__device__ __forceinline__ void copy_pack(Shared<T> to, const T* from, bool is_there, bool is_even) {
+// Brings kRows rows of kPacks packs of 16 bytes to shared memory, by copies in the background or, where the source does
+// not lie even, element by element. All packs of a thread are one column's: what depends on the column alone is found
+// once, and the copies follow each other in few instructions. from(row, pack) is where a pack comes from, read only
+// where is_there(row, pack) holds (zeros elsewhere); to(row, pack) where it goes.
+template <typename C, int kRows, int kPacks, typename To, typename From, typename IsThere>
+__device__ __forceinline__ void copy_packs(bool is_even, const To& to, const From& from, const IsThere& is_there) {
+  using T = typename C::Element;
+  constexpr int kStep = C::kBlockThreads / kPacks;
+  static_assert(C::kBlockThreads % kPacks == 0 && kRows % kStep == 0, "the threads take whole rows at a time");
+  const int first = static_cast<int>(threadIdx.x) / kPacks, pack = static_cast<int>(threadIdx.x) % kPacks;
   if (is_even) {
-    copy_async_16(to, from, is_there);
-    return;
-  }
+    const Shared<T> begin = to(first, pack);
 #pragma unroll
-  for (int i = 0; i < N; i++) to[i] = is_there ? from[i] : T{};
+    for (int row = 0; row < kRows; row += kStep) {
+      copy_async_16(begin + row * C::kStride, from(first + row, pack), is_there(first + row, pack));
+    }
+  } else {
+#pragma unroll 1
+    for (int row = first; row < kRows; row += kStep) {
+      const Shared<T> begin = to(row, pack);
+#pragma unroll 1
+      for (int i = 0; i < C::kPack; i++) begin[i] = is_there(row, pack) ? from(row, pack)[i] : T{};
+    }
+  }
 }
 
 // A warp's rows: lane 4 g + t holds of rows 16 m + g and 16 m + g + 8 (index 2 m and 2 m + 1) the columns 8 n + 2 t and
@@ -196,28 +211,6 @@ __device__ __forceinline__ RowState merged(int count, float factor, const Maximu
     row.denominator += denominator_of(i) * probability(maximum_of(i), subtrahend(row.maximum), factor);
   }
   return row;
-}
-
-// What `leave_state` left of a row of the block: its maximum and denominator over the key warps.
-template <typename C>
-__device__ __forceinline__ RowState row_of_block(Shared<float> states, int row, float factor) {
-  return merged(
-      C::kKeyWarps, factor, [&](int i) -> float { return states[2 * (i * C::kRows + row)]; },
-      [&](int i) -> float { return states[2 * (i * C::kRows + row) + 1]; });
-}
-
-// The sum of one column of it, relative to the maximum of `whole`.
-template <typename C>
-__device__ __forceinline__ float sum_of_block(Shared<float> sums, Shared<float> states, int row, int column,
-                                              const RowState& whole, float factor) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < C::kKeyWarps; i++) {
-    const float maximum = states[2 * (i * C::kRows + row)];
-    const float part = sums[(i * C::kRows + row) * C::kD + column];
-    sum += part * probability(maximum, subtrahend(whole.maximum), factor);
-  }
-  return sum;
 }
 
 }  // namespace alula::tiles

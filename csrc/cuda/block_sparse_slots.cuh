@@ -126,6 +126,8 @@ __device__ __forceinline__ void describe_slots(const BlockSparseParams& p, const
     const int at = (first + thread) & ((1 << p.block_shift) - 1);
     if (block < 0 || block >= p.cuda.num_blocks || count < 0) {
       bias = NAN;
+    } else if (count == 0 && p.args.global_tokens == nullptr) {
+      // Nobody sees it: there are no global tokens.
     } else if (const int key = item.grid + (block << p.block_shift) + at; is_token(p, item, key)) {
       column = count == 0 ? key | kTokensOnly : key;
       bias = count > 1 ? logf(static_cast<float>(count)) : 0.0f;
@@ -140,33 +142,32 @@ template <typename C>
 __device__ __forceinline__ void load_slots(const BlockSparseParams& p, const typename C::Element* k,
                                            const typename C::Element* v, Shared<int> columns,
                                            Shared<typename C::Element> stage) {
-  using T = typename C::Element;
   constexpr int kPacks = C::kD / C::kPack;
   const int head_dim = static_cast<int>(p.args.head_dim);
-  for (int i = static_cast<int>(threadIdx.x); i < C::kKeys * 2 * kPacks; i += C::kBlockThreads) {
-    const int slot = i / (2 * kPacks), half = i / kPacks % 2, at = i % kPacks * C::kPack;
-    const int column = columns[slot];
-    const bool is_there = column >= 0 && at < head_dim;
-    const int64_t key = is_there ? column & ~kTokensOnly : 0;
-    const T* from = half == 0 ? k + key * p.args.k_strides[2] : v + key * p.args.v_strides[2];
-    copy_pack<T, C::kPack>(stage + half * C::kKeyTileSize + slot * C::kStride + at, from + (is_there ? at : 0),
-                           is_there, p.cuda.are_keys_even);
-  }
+  copy_packs<C, C::kKeys, 2 * kPacks>(
+      p.cuda.are_keys_even,
+      [&](int slot, int pack) {
+        return stage + pack / kPacks * C::kKeyTileSize + slot * C::kStride + pack % kPacks * C::kPack;
+      },
+      [&](int slot, int pack) {
+        const int64_t stride = pack < kPacks ? p.args.k_strides[2] : p.args.v_strides[2];
+        return (pack < kPacks ? k : v) + pack % kPacks * C::kPack + (columns[slot] & ~kTokensOnly) * stride;
+      },
+      [&](int slot, int pack) { return columns[slot] >= 0 && pack % kPacks * C::kPack < head_dim; });
 }
 
 template <typename C>
 __device__ __forceinline__ void load_rows(const BlockSparseParams& p, const Item& item, Shared<int> rows,
                                           Shared<typename C::Element> q) {
   using T = typename C::Element;
-  constexpr int kPacks = C::kD / C::kPack;
   const int head_dim = static_cast<int>(p.args.head_dim);
-  for (int i = static_cast<int>(threadIdx.x); i < C::kRows * kPacks; i += C::kBlockThreads) {
-    const int row = i / kPacks, at = i % kPacks * C::kPack, column = rows[row];
-    const bool is_there = column >= 0 && at < head_dim;
-    const int64_t token = item.batch * p.args.tokens + (is_there ? column : 0);
-    const T* from = static_cast<const T*>(p.args.q) + (token * p.args.num_heads + item.head) * head_dim;
-    copy_pack<T, C::kPack>(q + row * C::kStride + at, from + (is_there ? at : 0), is_there, p.cuda.is_query_even);
-  }
+  copy_packs<C, C::kRows, C::kD / C::kPack>(
+      p.cuda.is_query_even, [&](int row, int pack) { return q + row * C::kStride + pack * C::kPack; },
+      [&](int row, int pack) {
+        const int64_t token = item.batch * p.args.tokens + rows[row];
+        return static_cast<const T*>(p.args.q) + (token * p.args.num_heads + item.head) * head_dim + pack * C::kPack;
+      },
+      [&](int row, int pack) { return rows[row] >= 0 && pack * C::kPack < head_dim; });
 }
 
 }  // namespace alula::tiles

@@ -7,8 +7,9 @@
 // what they hold is merged in shared memory at the end.
 //
 // Few rows and many slots (decoding): the keys are also split over blocks. Each leaves its sums in a workspace; the
-// last to come, by a counter, merges them in the order of the keys and writes the result, in the same launch. How many
-// keys there are is read on the device: one captured graph serves every length.
+// last to come, by a counter, merges them in the order of the keys and writes the result, in the same launch. One block
+// would be long about very many: above kMergedAtOnce splits they are merged by groups of kGroup first, each by the last
+// block of its group. How many keys there are is read on the device: one captured graph serves every length.
 //
 // Slots that no row of a block sees are read as zeros, whatever they hold.
 //
@@ -18,34 +19,44 @@
 #include <algorithm>
 
 #include "core/dispatch.h"
+#include "cuda/attention_merge.cuh"
 #include "cuda/attention_tile.cuh"
 #include "cuda/launch.h"
+#include "cuda/vec.cuh"
 
 namespace alula {
 namespace {
 
 using namespace tiles;
 
+constexpr int kMergedAtOnce = 32, kGroup = 16;  // splits; at most kGroup * kMergedAtOnce
+
+// Groups of splits that are merged before all are; 0: none.
+int num_groups(int splits) { return splits <= kMergedAtOnce ? 0 : (splits + kGroup - 1) / kGroup; }
+
 struct Params {
   AttentionArgs args;
   AttentionCudaArgs cuda;
-  int64_t num_rows;   // T * (H / G)
+  int num_rows;       // T * (H / G)
+  int group;          // H / G
   int num_row_tiles;  // of each batch row and key/value head
+  int num_groups;     // of splits
   bool scales_last;   // a score is the plain product, and scale is applied in the exponent
+  bool is_out_even;   // can be written four elements at a time
 };
 
 // Where a row comes from and goes to.
 struct RowPlace {
-  int64_t token, head;
+  int token, head;
 };
 
-__device__ __forceinline__ RowPlace place_of(const Params& p, int64_t number, int64_t kv_head) {
-  const int64_t group = p.args.num_heads / p.args.num_kv_heads;
-  return {number / group, kv_head * group + number % group};
+__device__ __forceinline__ RowPlace place_of(const Params& p, int number, int kv_head) {
+  const int token = static_cast<int>(static_cast<unsigned>(number) / static_cast<unsigned>(p.group));
+  return {token, kv_head * p.group + number - token * p.group};
 }
 
 // How many slots a row sees; 0 for padding and beyond the last row.
-__device__ __forceinline__ int limit_of(const Params& p, int64_t batch, int64_t number, int64_t kv_head) {
+__device__ __forceinline__ int limit_of(const Params& p, int64_t batch, int number, int kv_head) {
   if (number >= p.num_rows) return 0;
   const int position = p.args.positions[batch * p.args.tokens + place_of(p, number, kv_head).token];
   const int64_t length = p.args.lengths[batch];
@@ -56,36 +67,36 @@ __device__ __forceinline__ int limit_of(const Params& p, int64_t batch, int64_t 
 }
 
 template <typename C>
-__device__ __forceinline__ void load_queries(const Params& p, int64_t batch, int64_t kv_head, int64_t first_row,
+__device__ __forceinline__ void load_queries(const Params& p, int64_t batch, int kv_head, int first_row,
                                              Shared<typename C::Element> q) {
   using T = typename C::Element;
-  constexpr int kPacks = C::kD / C::kPack;
   const int head_dim = static_cast<int>(p.args.head_dim);
-  for (int i = static_cast<int>(threadIdx.x); i < C::kRows * kPacks; i += kThreads) {
-    const int row = i / kPacks, column = i % kPacks * C::kPack;
-    const bool is_there = first_row + row < p.num_rows && column < head_dim;
-    const RowPlace place = place_of(p, is_there ? first_row + row : 0, kv_head);
-    const int64_t at = ((batch * p.args.tokens + place.token) * p.args.num_heads + place.head) * head_dim;
-    copy_pack<T, C::kPack>(q + row * C::kStride + column,
-                           static_cast<const T*>(p.args.q) + at + (is_there ? column : 0), is_there,
-                           p.cuda.is_query_even);
-  }
+  copy_packs<C, C::kRows, C::kD / C::kPack>(
+      p.cuda.is_query_even, [&](int row, int pack) { return q + row * C::kStride + pack * C::kPack; },
+      [&](int row, int pack) {
+        const RowPlace place = place_of(p, first_row + row, kv_head);
+        const int64_t at = (batch * p.args.tokens + place.token) * p.args.num_heads + place.head;
+        return static_cast<const T*>(p.args.q) + at * head_dim + pack * C::kPack;
+      },
+      [&](int row, int pack) { return first_row + row < p.num_rows && pack * C::kPack < head_dim; });
 }
 
 // Keys and values of slots [first, first + kKeys) below `limit`, zeros beyond and in the columns after D.
 template <typename C>
 __device__ __forceinline__ void load_keys(const Params& p, const typename C::Element* kv, int first, int limit,
                                           Shared<typename C::Element> stage) {
-  using T = typename C::Element;
   constexpr int kPacks = C::kD / C::kPack;
-  const int head_dim = static_cast<int>(p.args.head_dim);
-  for (int i = static_cast<int>(threadIdx.x); i < C::kKeys * 2 * kPacks; i += kThreads) {
-    const int slot = i / (2 * kPacks), half = i / kPacks % 2, column = i % kPacks * C::kPack;
-    const bool is_there = first + slot < limit && column < head_dim;
-    const T* from = is_there ? kv + (first + slot) * p.args.kv_strides[2] + half * head_dim + column : kv;
-    copy_pack<T, C::kPack>(stage + half * C::kKeyTileSize + slot * C::kStride + column, from, is_there,
-                           p.cuda.is_cache_even);
-  }
+  const int head_dim = static_cast<int>(p.args.head_dim), left = limit - first;
+  const typename C::Element* tile = kv + first * p.args.kv_strides[2];
+  copy_packs<C, C::kKeys, 2 * kPacks>(
+      p.cuda.is_cache_even,
+      [&](int slot, int pack) {
+        return stage + pack / kPacks * C::kKeyTileSize + slot * C::kStride + pack % kPacks * C::kPack;
+      },
+      [&](int slot, int pack) {
+        return tile + slot * p.args.kv_strides[2] + (pack / kPacks * head_dim + pack % kPacks * C::kPack);
+      },
+      [&](int slot, int pack) { return slot < left && pack % kPacks * C::kPack < head_dim; });
 }
 
 __device__ __forceinline__ float masked_score(const Params& p, const RowPlace& place, int64_t batch, int key, float v) {
@@ -108,25 +119,53 @@ __device__ __forceinline__ float masked_score(const Params& p, const RowPlace& p
   return v;
 }
 
-// Where the sums of a split lie in the workspace: [tile of a row][split][row][kD + 2], maximum and denominator last.
+// What split `split` of a tile leaves in the workspace: sums [kRows][kD], then maxima and denominators [kRows][2].
 template <typename C>
-__device__ __forceinline__ float* partial_of(const Params& p, int64_t tile, int64_t split, int row) {
-  const int64_t index = (tile * p.cuda.num_splits + split) * C::kRows + row;
-  return p.cuda.workspace + index * (C::kD + 2);
+__device__ __forceinline__ float* partial_of(const Params& p, int64_t tile, int split) {
+  return p.cuda.workspace + (tile * p.cuda.num_splits + split) * (C::kRows * (C::kD + 2));
 }
 
+// Four columns of a row: where it goes.
 template <typename C>
-__device__ __forceinline__ void write_row(const Params& p, int64_t batch, int64_t kv_head, int64_t number, int column,
-                                          float sum, float denominator) {
+__device__ __forceinline__ void write_row(const Params& p, int64_t batch, int kv_head, int number, int column,
+                                          const float (&sums)[4], float denominator) {
   using T = typename C::Element;
   const RowPlace place = place_of(p, number, kv_head);
-  float y = denominator == 0.0f ? 0.0f : sum / denominator;
-  if (p.args.head_mask != nullptr) y *= p.args.head_mask[place.head];
-  T* out = static_cast<T*>(p.args.out) + (batch * p.args.tokens + place.token) * p.args.out_stride;
-  out[place.head * p.args.head_dim + column] = from_float<T>(y);
+  const float head_factor = p.args.head_mask == nullptr ? 1.0f : p.args.head_mask[place.head];
+  const float factor = denominator == 0.0f ? 0.0f : head_factor / denominator;
+  float y[4];
+#pragma unroll
+  for (int c = 0; c < 4; c++) y[c] = sums[c] * factor;
+  T* out = static_cast<T*>(p.args.out) + (batch * p.args.tokens + place.token) * p.args.out_stride +
+           place.head * p.args.head_dim + column;
+  if (p.is_out_even) return store_pack<4>(out, y);
+#pragma unroll
+  for (int c = 0; c < 4; c++) out[c] = from_float<T>(y[c]);
 }
 
-template <typename C>
+// Merges `count` partials of the workspace, `step` splits apart, the first being that of split `first`.
+template <typename C, typename Done>
+__device__ __forceinline__ void merge_partials(const Params& p, int64_t tile, int first, int step, int count, int rows,
+                                               float factor, Shared<float> states, const Done& done) {
+  const auto part_at = [&](int i) { return partial_of<C>(p, tile, first + i * step); };
+  for (int i = static_cast<int>(threadIdx.x); i < count * C::kRows; i += kThreads) {
+    const int part = i / C::kRows, row = i % C::kRows;
+    if (row >= rows) continue;
+    const auto state = reinterpret_cast<const Pack<float, 2>*>(part_at(part) + C::kRows * C::kD)[row];
+    states[2 * i] = state.values[0];
+    states[2 * i + 1] = state.values[1];
+  }
+  __syncthreads();
+  merge_rows<C>(
+      count, rows, static_cast<int>(p.args.head_dim), factor, states,
+      [&](int i, int row, int column) {
+        return *reinterpret_cast<const Pack<float, 4>*>(part_at(i) + row * C::kD + column);
+      },
+      done);
+}
+
+// kHasMask: there is a mask, or a scale that does not keep the order of the scores. Without, no score needs a branch.
+template <typename C, bool kHasMask>
 __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   using T = typename C::Element;
   const Shared<T> q = dynamic_shared<T>();
@@ -137,11 +176,12 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   const Shared<float> scratch = dynamic_shared<float>(C::kScratchOffset);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int row_warp = warp % C::kRowWarps, key_warp = warp / C::kRowWarps;
-  const int64_t batch = blockIdx.z, kv_head = blockIdx.y;
+  const int64_t batch = blockIdx.z;
+  const int kv_head = static_cast<int>(blockIdx.y);
   const int splits = p.cuda.num_splits, split = static_cast<int>(blockIdx.x) % splits;
   // The last tiles see most keys, so they go first.
   const int row_tile = p.num_row_tiles - 1 - static_cast<int>(blockIdx.x) / splits;
-  const int64_t first_row = static_cast<int64_t>(row_tile) * C::kRows;
+  const int first_row = row_tile * C::kRows;
   const float factor = (p.scales_last ? p.args.scale : 1.0f) * kLog2E;
   wait_for_previous_kernel();
   let_next_kernel_start();  // it fetches its weights meanwhile
@@ -167,18 +207,21 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   copy_async_commit();
   const int g = lane / 4;
   int own_limits[2];
-  RowPlace places[2];
+  [[maybe_unused]] RowPlace places[2];
 #pragma unroll
   for (int row = 0; row < 2; row++) {
     const int index = row_warp * kWarpRows + g + 8 * row;
     own_limits[row] = limits[index];
-    const bool is_there = first_row + index < p.num_rows;
-    places[row] = place_of(p, is_there ? first_row + index : 0, kv_head);
+    if constexpr (kHasMask) places[row] = place_of(p, first_row + index < p.num_rows ? first_row + index : 0, kv_head);
   }
   const auto visible = [&](int row, int slot, float score) {
-    if (!p.scales_last) score *= p.args.scale;
-    if (slot >= own_limits[row]) return -INFINITY;
-    return p.args.mask_kind == MaskKind::kNone ? score : masked_score(p, places[row], batch, slot, score);
+    if constexpr (kHasMask) {
+      if (!p.scales_last) score *= p.args.scale;
+      if (slot >= own_limits[row]) return -INFINITY;
+      return p.args.mask_kind == MaskKind::kNone ? score : masked_score(p, places[row], batch, slot, score);
+    } else {
+      return slot >= own_limits[row] ? -INFINITY : score;
+    }
   };
   for (int tile = first_tile; tile < last_tile; tile++) {
     const int stage = (tile - first_tile) % C::kStages;
@@ -199,53 +242,41 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   // --- the warps' parts become the block's ---
   leave_state<C>(state, row_warp, key_warp, sums, states);
   __syncthreads();
-  const int head_dim = static_cast<int>(p.args.head_dim);
-  const int64_t left = p.num_rows - first_row;
-  const int rows = left < C::kRows ? static_cast<int>(left) : C::kRows;
+  const int head_dim = static_cast<int>(p.args.head_dim), left = p.num_rows - first_row;
+  const int rows = left < C::kRows ? left : C::kRows;
   const int64_t tile_index = (batch * gridDim.y + kv_head) * p.num_row_tiles + row_tile;
-  // A warp a row, so that a row's state is found once for many columns.
-  for (int row = warp; row < rows; row += kWarps) {
-    const RowState whole = row_of_block<C>(states, row, factor);
-    float* partial = splits > 1 ? partial_of<C>(p, tile_index, split, row) : nullptr;
-    for (int column = lane; column < head_dim; column += kWarpSize) {
-      const float sum = sum_of_block<C>(sums, states, row, column, whole, factor);
-      if (splits > 1) {
-        partial[column] = sum;
-      } else {
-        write_row<C>(p, batch, kv_head, first_row + row, column, sum, whole.denominator);
+  const auto write = [&](int row, int column, const float (&y)[4], float, float denominator) {
+    write_row<C>(p, batch, kv_head, first_row + row, column, y, denominator);
+  };
+  const auto leave_in = [&](float* partial) {
+    return [partial](int row, int column, const float (&y)[4], float maximum, float denominator) {
+      store_pack<4>(partial + row * C::kD + column, y);
+      if (column == 0) {
+        const float pair[2] = {maximum, denominator};
+        store_pack<2>(partial + C::kRows * C::kD + 2 * row, pair);
       }
-    }
-    if (splits > 1 && lane == 0) {
-      partial[C::kD] = whole.maximum;
-      partial[C::kD + 1] = whole.denominator;
-    }
-  }
-  if (splits == 1) return;
+    };
+  };
+  const auto sums_of = [&](int part, int row, int column) -> Pack<float, 4> {
+    return shared_cast<Pack<float, 4>>(sums + (part * C::kRows + row) * C::kD + column)[0];
+  };
+  if (splits == 1) return merge_rows<C>(C::kKeyWarps, rows, head_dim, factor, states, sums_of, write);
+  merge_rows<C>(C::kKeyWarps, rows, head_dim, factor, states, sums_of, leave_in(partial_of<C>(p, tile_index, split)));
 
-  // --- the last block of a tile merges the splits ---
-  __threadfence();  // what this thread wrote is there before the block is counted
-  __syncthreads();
+  // --- the last block of a group of splits merges those, the last block of a tile all ---
   const Shared<int> is_last = shared_cast<int>(scratch);
-  if (thread == 0) {
-    const unsigned before = atomicInc(p.cuda.counters + tile_index, static_cast<unsigned>(splits) - 1);  // wraps to 0
-    is_last[0] = before == static_cast<unsigned>(splits) - 1;
+  uint32_t* const counters = p.cuda.counters + tile_index * (1 + p.num_groups);
+  if (p.num_groups == 0) {
+    if (is_last_of(counters, splits, is_last))
+      merge_partials<C>(p, tile_index, 0, 1, splits, rows, factor, sums, write);
+    return;
   }
-  __syncthreads();
-  if (is_last[0] == 0) return;
-  __threadfence();
-  for (int row = warp; row < rows; row += kWarps) {
-    const RowState whole = merged(
-        splits, factor, [&](int i) { return partial_of<C>(p, tile_index, i, row)[C::kD]; },
-        [&](int i) { return partial_of<C>(p, tile_index, i, row)[C::kD + 1]; });
-    for (int column = lane; column < head_dim; column += kWarpSize) {
-      float sum = 0.0f;
-      for (int i = 0; i < splits; i++) {
-        const float* partial = partial_of<C>(p, tile_index, i, row);
-        sum += partial[column] * probability(partial[C::kD], subtrahend(whole.maximum), factor);
-      }
-      write_row<C>(p, batch, kv_head, first_row + row, column, sum, whole.denominator);
-    }
-  }
+  const int group = split / kGroup, first = group * kGroup;
+  const int count = splits - first < kGroup ? splits - first : kGroup;
+  if (!is_last_of(counters + 1 + group, count, is_last)) return;
+  merge_partials<C>(p, tile_index, first, 1, count, rows, factor, sums, leave_in(partial_of<C>(p, tile_index, first)));
+  if (!is_last_of(counters, p.num_groups, is_last)) return;
+  merge_partials<C>(p, tile_index, 0, kGroup, p.num_groups, rows, factor, sums, write);
 }
 
 // --- choice ----------------------------------------------------------------------------------------------------------
@@ -260,9 +291,13 @@ int row_warps_for(int64_t head_dim, int64_t num_rows) {
 }
 
 template <typename T, int kD, int kRowWarps>
-void attention_as(const Params& p, const CudaStream& stream) {
+void attention_as(Params p, const CudaStream& stream) {
   using C = Tile<T, kD, kRowWarps>;
-  launch("attention_kernel", attention_kernel<C>,
+  static_assert((kMergedAtOnce + 1) * C::kRows * 2 * 4 <= C::kLimitsOffset - C::kQueryBytes,
+                "the states of all parts of a merge fit where the sums were");
+  p.is_out_even = reinterpret_cast<uintptr_t>(p.args.out) % (4 * sizeof(T)) == 0 && p.args.out_stride % 4 == 0;
+  const bool has_mask = p.args.mask_kind != MaskKind::kNone || !p.scales_last;
+  launch("attention_kernel", has_mask ? attention_kernel<C, true> : attention_kernel<C, false>,
          {.blocks = {static_cast<int64_t>(p.num_row_tiles) * p.cuda.num_splits, p.args.num_kv_heads, p.args.batch},
           .threads = kThreads,
           .shared_bytes = C::kSharedBytes,
@@ -290,8 +325,8 @@ AttentionCudaPlan attention_cuda_plan(const AttentionArgs& args, int64_t num_slo
   // Two blocks a multiprocessor, and at least two tiles of keys for each block when the cache is full.
   const int64_t room = tiles == 0 ? 1 : 2 * device.num_multiprocessors / tiles;
   const int64_t most = num_slots / (2 * 64);
-  plan.num_splits = static_cast<int>(std::clamp<int64_t>(std::min(room, most), 1, 128));
-  plan.num_counters = tiles;
+  plan.num_splits = static_cast<int>(std::clamp<int64_t>(std::min(room, most), 1, kGroup * kMergedAtOnce));
+  plan.num_counters = tiles * (1 + num_groups(plan.num_splits));
   plan.workspace_floats = plan.num_splits == 1 ? 0
                                                : tiles * plan.num_splits * plan.row_warps * kWarpRows *
                                                      (head_dim_bucket(args.head_dim) + 2);
@@ -301,7 +336,16 @@ AttentionCudaPlan attention_cuda_plan(const AttentionArgs& args, int64_t num_slo
 void attention_cuda(const AttentionArgs& args, const AttentionCudaArgs& cuda, const AttentionCudaPlan& plan,
                     const CudaStream& stream) {
   ALULA_CHECK(cuda.num_slots < (1 << 24), "kv_cache has ", cuda.num_slots, " slots; accepted: below 2^24");
-  Params p = {args, cuda, args.tokens * (args.num_heads / args.num_kv_heads), static_cast<int>(plan.num_row_tiles),
+  const int64_t group = args.num_heads / args.num_kv_heads;
+  ALULA_CHECK(args.tokens * group < (int64_t{1} << 30), "q has ", args.tokens, " tokens and ", group,
+              " heads for each of kv_cache; accepted: a product below 2^30");
+  Params p = {args,
+              cuda,
+              static_cast<int>(args.tokens * group),
+              static_cast<int>(group),
+              static_cast<int>(plan.num_row_tiles),
+              num_groups(plan.num_splits),
+              false,
               false};
   p.cuda.num_splits = plan.num_splits;
   const bool adds_mask = args.mask_kind != MaskKind::kNone && args.mask_kind != MaskKind::kBool;

@@ -157,7 +157,9 @@ __device__ __forceinline__ void leave_partial(WarpState<C>& state, int row_warp,
 
 // --- the kernel --------------------------------------------------------------------------------------------------
 
-template <typename C>
+// kHasMarks: there are pairs within a slot that do not see each other (a causal limit, global tokens). Without, no
+// score needs a branch.
+template <typename C, bool kHasMarks>
 __global__ void __launch_bounds__(C::kBlockThreads, 1) block_sparse_attention_kernel(Params p) {
   using T = typename C::Element;
   const Shared<T> q = dynamic_shared<T>();
@@ -191,12 +193,14 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) block_sparse_attention_ke
     return;
   }
   load_rows<C>(p, item, rows, q);
-  int own_columns[2 * C::kRowTiles];
-  bool are_global[2 * C::kRowTiles];
+  [[maybe_unused]] int own_columns[2 * C::kRowTiles];
+  [[maybe_unused]] bool are_global[2 * C::kRowTiles];
+  if constexpr (kHasMarks) {
 #pragma unroll
-  for (int row = 0; row < 2 * C::kRowTiles; row++) {
-    own_columns[row] = rows[row_warp * C::kOwnRows + lane / 4 + 8 * row];
-    are_global[row] = is_global(p, item, own_columns[row]);
+    for (int row = 0; row < 2 * C::kRowTiles; row++) {
+      own_columns[row] = rows[row_warp * C::kOwnRows + lane / 4 + 8 * row];
+      are_global[row] = is_global(p, item, own_columns[row]);
+    }
   }
 
   // --- the chunk's slots, tile by tile ---
@@ -223,17 +227,21 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) block_sparse_attention_ke
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();  // this tile and the next one's slots are there for all
-    const Shared<int> columns = all_columns + slots;
+    [[maybe_unused]] const Shared<int> columns = all_columns + slots;
     const Shared<float> biases = all_biases + slots;
     const auto visible = [&](int row, int slot, float score) -> float {
       const float biased = score * p.args.scale + biases[slot];
-      if (!is_marked) return biased;
-      const int key = columns[slot];
-      if (key < 0) return biased;
-      const int column = key & ~kTokensOnly;
-      const bool sees = !(p.args.causal && column > own_columns[row]) &&
-                        (column == key || are_global[row] || is_global(p, item, column));
-      return sees ? biased : -INFINITY;
+      if constexpr (kHasMarks) {
+        if (!is_marked) return biased;
+        const int key = columns[slot];
+        if (key < 0) return biased;
+        const int column = key & ~kTokensOnly;
+        const bool sees = !(p.args.causal && column > own_columns[row]) &&
+                          (column == key || are_global[row] || is_global(p, item, column));
+        return sees ? biased : -INFINITY;
+      } else {
+        return biased;
+      }
     };
     attend_tile<C>(state, q + row_warp * C::kOwnRows * C::kStride, stages + i % C::kStages * kStageSize, 0, key_warp,
                    kLog2E, visible);
@@ -301,7 +309,9 @@ int rows_for(int64_t head_dim, int64_t block_size) {
 template <typename T, int kD, int kRows>
 void attend(const Params& p, int64_t blocks, const CudaStream& stream) {
   using C = Config<T, kD, kRows>;
-  launch("block_sparse_attention_kernel", block_sparse_attention_kernel<C>,
+  const bool has_marks = p.args.causal || p.args.global_tokens != nullptr;
+  launch("block_sparse_attention_kernel",
+         has_marks ? block_sparse_attention_kernel<C, true> : block_sparse_attention_kernel<C, false>,
          {.blocks = {blocks},
           .threads = C::kBlockThreads,
           .shared_bytes = C::kSharedBytes,
