@@ -35,6 +35,9 @@ ALULA_EXPORT std::string cuda_archs();
 // Which capture into a graph the stream is part of; 0 for none.
 uint64_t capture_id(const CudaStream& stream);
 
+// Whether what the stream does next in its capture follows one kernel, and that alone: not a copy, not several streams.
+bool follows_captured_kernel(const CudaStream& stream);
+
 // ALULA_SYNC=1: each launch waits for its kernel, so that an error is raised by the op that caused it.
 bool waits_for_kernels();
 

@@ -85,6 +85,25 @@ uint64_t capture_id(const CudaStream& stream) {
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
+bool follows_captured_kernel(const CudaStream& stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  const cudaGraphNode_t* nodes = nullptr;
+  size_t count = 0;
+  const auto handle = static_cast<cudaStream_t>(stream.handle);
+#if CUDART_VERSION >= 13000
+  const cudaGraphEdgeData* edges = nullptr;
+  const int error = cudaStreamGetCaptureInfo(handle, &status, &id, nullptr, &nodes, &edges, &count);
+#else
+  const int error = cudaStreamGetCaptureInfo_v2(handle, &status, &id, nullptr, &nodes, &count);
+#endif
+  check_cuda(error, "asking for a capture");
+  if (status != cudaStreamCaptureStatusActive || count != 1) return false;
+  cudaGraphNodeType type = cudaGraphNodeTypeEmpty;
+  check_cuda(cudaGraphNodeGetType(nodes[0], &type), "asking for a capture");
+  return type == cudaGraphNodeTypeKernel;
+}
+
 void check_cuda(int error, const char* what) {
   if (error == cudaSuccess) [[likely]]
     return;

@@ -51,9 +51,10 @@ void launch(const char* name, void (*kernel)(Params...), const LaunchOptions& op
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &attribute;
   // Such a kernel reads weights before it waits, and what the kernel before it wrote may not be there yet. In a graph
-  // that is what a step made, never a weight; elsewhere it may be one that was packed just now.
+  // that is what a step made, never a weight; elsewhere it may be one that was packed just now. Graphs have such a
+  // dependence between kernels alone.
   const bool starts_early =
-      options.starts_before_previous && stream.device->has_dependent_launch && capture_id(stream) != 0;
+      options.starts_before_previous && stream.device->has_dependent_launch && follows_captured_kernel(stream);
   config.numAttrs = starts_early ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
   if (waits_for_kernels()) check_cuda(cudaStreamSynchronize(config.stream), name);

@@ -20,6 +20,8 @@ int attributes_of_last_launch = -1;
 long streams_waited_for = 0, launches = 0;
 cudaError_t error_of_launch = cudaSuccess, error_of_wait = cudaSuccess;
 cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+cudaGraphNodeType captured_last = cudaGraphNodeTypeKernel;
+size_t num_captured_last = 1;
 
 void some_kernel(int) {}
 
@@ -52,9 +54,18 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) {
 }
 
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id,
-                                     cudaGraph_t*, const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
+                                     cudaGraph_t*, const cudaGraphNode_t** nodes, const cudaGraphEdgeData**,
+                                     size_t* count) {
+  static const cudaGraphNode_t some_nodes[2] = {};
   *status = capture;
   *id = 7;
+  if (nodes != nullptr) *nodes = some_nodes;
+  if (count != nullptr) *count = num_captured_last;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphNodeGetType(cudaGraphNode_t, cudaGraphNodeType* type) {
+  *type = captured_last;
   return cudaSuccess;
 }
 
@@ -91,6 +102,16 @@ void play(const std::string& scenario) {
         launch_some(stream, starts_early);
         std::printf("%d ", attributes_of_last_launch);
       }
+    }
+    for (const auto type : {cudaGraphNodeTypeMemset, cudaGraphNodeTypeMemcpy, cudaGraphNodeTypeKernel}) {
+      captured_last = type;
+      launch_some(stream, true);
+      std::printf("%d ", attributes_of_last_launch);
+    }
+    for (const size_t count : {0, 2}) {
+      num_captured_last = count;
+      launch_some(stream, true);
+      std::printf("%d ", attributes_of_last_launch);
     }
   } else if (scenario == "launch fails") {
     error_of_launch = cudaErrorIllegalAddress;
