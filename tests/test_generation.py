@@ -92,8 +92,10 @@ def test_pad_ids_without_a_mask_count_as_padding():
     model = ToyDecoder()
     out = generate(model, torch.tensor([[0, 0, 5], [1, 2, 3]]), pad_token_id=0, eos_token_id=63, max_new_tokens=3)
     assert out[0, 3:].tolist() == new_tokens(model, [5], max_new_tokens=3)
-    out = generate(model, torch.tensor([[0, 0, 5]]), max_new_tokens=3)
-    assert out[0, 3:].tolist() == new_tokens(model, [0, 0, 5], max_new_tokens=3)
+    for options in ({}, {"pad_token_id": 0, "eos_token_id": 0}, {"pad_token_id": 0, "eos_token_id": [63, 0]}):
+        out = generate(model, torch.tensor([[0, 0, 5]]), max_new_tokens=3, min_new_tokens=3, **options)
+        ends = {"eos_token_id": options.get("eos_token_id"), "min_new_tokens": 3}
+        assert out[0, 3:].tolist() == new_tokens(model, [0, 0, 5], max_new_tokens=3, **ends)
 
 
 def test_masked_ids_are_never_read():
@@ -172,6 +174,7 @@ def test_a_default_limit_is_cut_to_the_positions_there_are():
     assert generate(model, [1] * 8).shape == (1, 10)
     model.generation_config = GenerationConfig(max_new_tokens=100)
     assert generate(model, [1] * 4).shape == (1, 10)
+    assert generate(model, [1] * 4, max_new_tokens=6).shape == (1, 10)
     with pytest.raises(ValueError, match="n_positions=10; ask for at most 6"):
         generate(model, [1] * 4, max_new_tokens=7)
 
@@ -384,3 +387,7 @@ def test_a_cache_is_filled_further():
     assert model.calls[0]["ids"].shape == (2, 1)
     with pytest.raises(ValueError, match="holds 2 rows of 10 tokens"):
         generate(model, first, max_new_tokens=5, past_key_values=cache)
+    model.calls.clear()
+    with pytest.raises(ValueError, match=r"holds 2 rows of 10 tokens.*at least one more"):  # none is left to read
+        generate(model, whole[:, :10], max_new_tokens=5, past_key_values=cache)
+    assert not model.calls

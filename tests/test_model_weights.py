@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from alula.config import GPTBigCodeConfig
+from alula.config import CodeGenConfig, GPT2Config, GPTBigCodeConfig
 from alula.models import AutoModelForCausalLM, GPTBigCodeForCausalLM, GPTBigCodeForTokenClassification
 from decoder_cases import TOLERANCE, alula_model, hf_model, random_ids, random_values, worst
 
@@ -211,9 +211,18 @@ def test_set_embeddings() -> None:
     assert GPTBigCodeForTokenClassification(model.config).get_output_embeddings() is None
 
 
-@pytest.mark.parametrize("multi_query", [True, False])
-def test_random_initialisation(multi_query: bool) -> None:
-    config = GPTBigCodeConfig(**random_values(0, n_embd=256, n_head=4, n_layer=2, multi_query=multi_query))
+SIZES = {"n_embd": 256, "n_head": 4, "n_layer": 2}
+INITIALISED = {
+    "multi-query": lambda: GPTBigCodeConfig(**random_values(0, **SIZES, multi_query=True)),
+    "multi-head": lambda: GPTBigCodeConfig(**random_values(0, **SIZES, multi_query=False)),
+    "GPT-2": lambda: GPT2Config(**random_values(0, "gpt2", **SIZES)),
+    "CodeGen": lambda: CodeGenConfig(**random_values(0, "codegen", **SIZES)),
+}
+
+
+@pytest.mark.parametrize("make", INITIALISED.values(), ids=INITIALISED.keys())
+def test_random_initialisation(make: Callable[[], Any]) -> None:
+    config = make()
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config, dtype="bfloat16")
     assert model.dtype == torch.bfloat16

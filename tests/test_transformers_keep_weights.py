@@ -186,13 +186,46 @@ def test_writing_in_place_is_an_error(part: str) -> None:
     same_bits(before, bits(model))
 
 
-def test_reading_fails() -> None:
+READS = {
+    "item": lambda mlp, x: mlp.c_fc.weight.sum().item(),
+    "its layer": lambda mlp, x: mlp.c_fc(x),
+    "layers around it": lambda mlp, x: mlp(x),
+    "a product": lambda mlp, x: x @ mlp.c_fc.weight,
+    "a product with a bias": lambda mlp, x: torch.addmm(mlp.c_fc.bias, x[0], mlp.c_fc.weight),
+    "of its transpose": lambda mlp, x: torch.nn.functional.linear(x, mlp.c_fc.weight.T),
+    "of its data": lambda mlp, x: x @ mlp.c_fc.weight.data,
+    "detached": lambda mlp, x: torch.einsum("bte,ef->btf", x, mlp.c_fc.weight.detach()),
+    "copying": lambda mlp, x: torch.empty(mlp.c_fc.weight.shape).copy_(mlp.c_fc.weight),
+    "moving": lambda mlp, x: mlp.c_fc.weight.to("cpu"),
+    "writing": lambda mlp, x: mlp.c_fc.weight.copy_(torch.zeros(mlp.c_fc.weight.shape)),
+    "writing its data": lambda mlp, x: mlp.c_fc.weight.data.copy_(torch.zeros(mlp.c_fc.weight.shape)),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+def test_reading_fails(read: Any) -> None:
+    """PyTorch's products of a tensor on the CPU and one on the meta device give what is in unwritten memory."""
     model = fresh()
+    before = bits(model)
     at.accelerate(model, keep_weights=False)
-    weight = model.transformer.h[0].mlp.c_fc.weight
-    assert weight.is_meta
+    mlp = model.transformer.h[0].mlp
+    assert mlp.c_fc.weight.is_meta
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        weight.sum().item()
+        read(mlp, torch.randn(1, 3, model.config.n_embd))
+    at.restore(model)
+    same_bits(before, bits(model))
+
+
+@pytest.mark.parametrize("cls", ["GPT2LMHeadModel", "CodeGenForCausalLM"])
+def test_an_unpickled_model_asks_to_be_accelerated(cls: str, tmp_path: Any) -> None:
+    """The methods put on its modules are not part of a pickle."""
+    model = fresh(cls)
+    expected = output(at.accelerate_model(model, keep_weights=False))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    with pytest.raises(RuntimeError, match=r"given up .*unpickled needs accelerate\(model\) once more"):
+        output(again)
+    assert torch.equal(output(at.accelerate_model(again)), expected)
 
 
 def test_again() -> None:

@@ -207,7 +207,7 @@ def _own_forward(module: nn.Module, cls: type[nn.Module], where: str) -> None:
 
 
 def _plain_parameter(where: str, parameter: torch.Tensor, dtype: torch.dtype, is_released: bool = False) -> None:
-    if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+    if not is_released and (type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor):
         raise NotReplaceable(f"{where} is a {type(parameter.data).__name__}; accepted: plain tensors, not quantized")
     if parameter.dtype != dtype or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise NotReplaceable(

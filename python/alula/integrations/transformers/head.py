@@ -41,7 +41,8 @@ def why_not(module: nn.Module) -> str | None:
     """Why alula cannot compute this output projection; None if it can."""
     if type(module) is not nn.Linear or ("forward" in module.__dict__ and "_alula" not in module.__dict__):
         return f"a {type(module).__module__}.{type(module).__name__}, not torch.nn.Linear as transformers makes it"
-    if type(module.weight) is not nn.Parameter or type(module.weight.data) is not Tensor:
+    plain = type(module.weight) is nn.Parameter and type(module.weight.data) is Tensor
+    if not plain and not released.is_released(module, "weight"):
         return f"its weight is a {type(module.weight.data).__name__}"
     if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {module.weight.dtype}; accepted: float32, bfloat16, float16"

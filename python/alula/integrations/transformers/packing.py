@@ -56,6 +56,10 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether a parameter or submodule is another object, or a parameter lies elsewhere or was written in place."""
+        with torch._C.DisableTorchFunctionSubclass():  # released parameters would answer in Python
+            return self._differs()
+
+    def _differs(self) -> bool:
         now = [parameter for owner in self._owners for parameter in owner.values()]
         children = [child for parent in self._parents for child in parent.values()]
         return (

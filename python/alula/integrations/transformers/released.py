@@ -2,18 +2,19 @@
 
 Each leaves a parameter without memory (on the meta device) of its shape and dtype, and a source that makes the matrix
 again, bit for bit. ``state_dict`` and ``save_pretrained`` ask the sources; ``load_state_dict`` and :func:`give_back`
-first put parameters with values in place. Anything else that reads such a parameter fails: the meta device has no data.
+first put parameters with values in place. Anything else that reads such a parameter is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["Source", "give_back", "is_released", "moved_aside", "names_of", "release", "written"]
+__all__ = ["Released", "Source", "give_back", "is_released", "moved_aside", "names_of", "release", "written"]
 
 _HELD, _HOOKS = "_alula_released", "_alula_released_hooks"
 
@@ -23,6 +24,55 @@ class Source(Protocol):
 
     def read(self) -> Tensor:
         """The matrix as it was."""
+
+
+class _WithoutValues(Tensor):
+    """A tensor on the meta device in place of values that were given up, or one that was made of it.
+
+    PyTorch multiplies a tensor on the CPU by one on the meta device without an error, into memory that nothing was
+    written to. So a call with this and another tensor raises; what asks for shape, dtype and the like does not.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if any(isinstance(value, Tensor) and not value.is_meta for value in tree_leaves((args, kwargs))):
+                raise RuntimeError(
+                    "this weight was given up for alula's copy (keep_weights=False) and lies on the meta device, "
+                    "without values. alula.integrations.transformers.restore(model) makes it again, accelerate(model, "
+                    "keep_weights=True) keeps it; a model that was unpickled needs accelerate(model) once more"
+                )
+            return tree_map_only(Tensor, _marked, func(*args, **kwargs))
+
+
+def _marked(result: Tensor) -> Tensor:
+    return result.as_subclass(_WithoutValues) if type(result) is Tensor and result.is_meta else result
+
+
+class Released(nn.Parameter):
+    """A parameter whose values were given up."""
+
+    __torch_function__ = _WithoutValues.__torch_function__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Released:
+        if id(self) not in memo:
+            make, arguments = self.__reduce_ex__(None)
+            memo[id(self)] = make(*arguments)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _without_memory, (tuple(self.shape), self.dtype, self.requires_grad, self.__dict__)
+
+
+def _without_memory(
+    shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, attributes: dict[str, Any]
+) -> Released:
+    empty = Released(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
+    empty.__dict__.update(attributes)
+    return empty
 
 
 def is_released(module: nn.Module, name: str) -> bool:
@@ -48,8 +98,7 @@ def written(root: nn.Module) -> str | None:
 def release(module: nn.Module, name: str, source: Source) -> int:
     """Gives up a parameter. Returns its bytes."""
     parameter = module._parameters[name]
-    empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
-    empty.__dict__.update(parameter.__dict__)
+    empty = _without_memory(tuple(parameter.shape), parameter.dtype, parameter.requires_grad, parameter.__dict__)
     module.__dict__.setdefault(_HELD, {})[name] = (empty, source)
     module._parameters[name] = empty
     if _HOOKS not in module.__dict__:
