@@ -151,6 +151,7 @@ def test_limits():
     model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=eos)
     assert new_tokens(model, [1, 2]) == eos
     assert len(new_tokens(model, [1, 2], eos_token_id=[])) == 7
+    assert len(new_tokens(model, [1, 2], eos_token_id=None)) == 7
     assert len(new_tokens(model, [1, 2], eos_token_id=[], max_length=5)) == 3
 
 

@@ -60,6 +60,21 @@ def test_tokens_equal_transformers(pair, options):
         assert torch.equal(ours, theirs)
 
 
+def test_no_end_is_what_transformers_has_for_none(pair):
+    ids, mask = left_padded(PROMPTS, 11)
+    end = int(both(pair, ids, mask)[0][0, ids.shape[1] + 2])
+    for model in pair:
+        model.generation_config.eos_token_id = end
+    try:
+        for options in ({}, {"eos_token_id": None}):
+            theirs, ours = both(pair, ids, mask, **options)
+            assert torch.equal(ours, theirs)
+            assert (ours[0, ids.shape[1] + 3] == 11) == (not options)
+    finally:
+        for model in pair:
+            model.generation_config.eos_token_id = None
+
+
 @pytest.mark.parametrize(
     "options",
     [{"max_new_tokens": 7}, {"max_length": 20, "repetition_penalty": 1.5}, {"do_sample": True, "top_k": 1}, {}],

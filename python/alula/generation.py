@@ -72,6 +72,8 @@ class Generation:
         if generation_config is not None:
             generation_config = GenerationConfig.of(generation_config)
             config = config.merge(generation_config)
+        if options.get("eos_token_id", ()) is None:
+            options["eos_token_id"] = []  # as in transformers: given as None, no token ends a row
         config = config.updated(**options)
         warn_unused(config, options)
         if (config.stop_strings or with_text) and tokenizer is None:
@@ -383,7 +385,7 @@ def generate(
         num_return_sequences: rows per prompt, one after the other.
         stop_strings: a row ends when a token completes one of them; needs `tokenizer`.
         tokenizer: any object with `decode(ids)`.
-        eos_token_id: an id or a list of ids that end a row.  Default: the model's; an empty list: none.
+        eos_token_id: an id or a list of ids that end a row.  Default: the model's; None or an empty list: no id does.
         pad_token_id: fills a row that has ended.  Default: the model's, else the first eos id, else 0.
         seed: row b draws from a random stream seeded with `seed + b`, or with `seed[b]` of a list, so its tokens depend
             on nothing but its prompt and that number.  Default: taken from `generator`, else from torch's global one.
