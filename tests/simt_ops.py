@@ -36,7 +36,8 @@ def padded_rows(weight: Tensor) -> Tensor:
 
 class Ops:
     """One executor, the order in which it runs threads, and how many multiprocessors the GPU that is played has (which
-    decides how quantized products are cut up). `plan`: of the last of these, (is few rows, is large, splits)."""
+    decides how quantized products are cut up). `plan`: of the last of these, (is few rows, is large, splits); `splits`
+    of the keys and `rows` of a block: of the last attention."""
 
     def __init__(self, executor: Executor, order: str = "forward", num_multiprocessors: int = 1) -> None:
         self.executor, self.order, self.num_multiprocessors = executor, order, num_multiprocessors
@@ -393,6 +394,7 @@ class Ops:
         results = {
             "out": new_result((batch, tokens, num_heads * head_dim), q.dtype),
             "splits": torch.zeros(1, dtype=torch.int64),
+            "rows": torch.zeros(1, dtype=torch.int64),
         }
         out = self.call(
             "attention",
@@ -422,5 +424,5 @@ class Ops:
             dtype=DTYPES[q.dtype],
             **results,
         )
-        self.splits = int(out["splits"])
+        self.splits, self.rows = int(out["splits"]), int(out["rows"])
         return out["out"]

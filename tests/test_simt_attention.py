@@ -71,6 +71,49 @@ def test_any_order_has_the_same_bits(
     assert_equal_bits(actual, Ops(executor).attention(*case, num_multiprocessors=8 * past // 256))
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 128])
+@pytest.mark.parametrize(
+    "tokens, past, heads, kv_heads", [(64, 0, 4, 1), (43, 90, 6, 1), (130, 7, 2, 2), (300, 0, 1, 1)]
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_128_rows(
+    ops: Ops, tokens: int, past: int, heads: int, kv_heads: int, head_dim: int, causal: bool, dtype: torch.dtype
+) -> None:
+    """Where they are enough for the GPU: 16-bit types without a mask. Whatever the rest is, and with one too few."""
+    case = make(shapes.Attention(1, tokens, past, heads, kv_heads, head_dim), dtype)
+    check(ops, case, causal=causal)
+    assert ops.rows == (64 if dtype == torch.float32 else 128)
+    check(ops, case, causal=causal, num_multiprocessors=2)
+    assert ops.rows == 64
+
+
+def test_blocks_of_128_rows_with_padding(ops: Ops, dtype: torch.dtype) -> None:
+    case = make(shapes.Attention(3, 50, 0, 6, 1, 24), dtype)
+    for b, (left, right) in enumerate([(20, 0), (0, 0), (3, 31)]):
+        n = 50 - left - right
+        case.positions[b] = -1
+        case.positions[b, left : left + n] = torch.arange(n, dtype=torch.int32)
+        case.lengths[b] = n
+        case.kv_cache[b, :, n:] = torch.nan
+        case.q[b][case.positions[b] < 0] = torch.nan
+    assert (check(ops, case)[case.positions < 0] == 0).all()
+    assert ops.rows == (64 if dtype == torch.float32 else 128)
+
+
+@pytest.mark.parametrize("step", [0.02, 0.3, 3.0, -0.1])
+@pytest.mark.parametrize("tokens, heads, masked", [(1, 3, False), (30, 3, False), (80, 4, False), (30, 3, True)])
+def test_scores_that_keep_rising(
+    ops: Ops, step: float, tokens: int, heads: int, masked: bool, dtype: torch.dtype
+) -> None:
+    """The maximum is raised in steps: scores below and above the slack, from tile to tile and within one."""
+    case = make(shapes.Attention(1, tokens, 500 - tokens, heads, 1, 16), dtype)
+    case.q[...], case.kv_cache[:, :, :500, :15] = 1.0, 0.0
+    rising = (torch.arange(500) * step).to(dtype)
+    case.kv_cache[:, :, :500, 15] = rising[torch.randperm(500)] if tokens == 80 else rising
+    mask = torch.zeros(1, 1, tokens, 500) if masked else None
+    check(ops, case, scale=1.0, mask=mask, num_multiprocessors=1 if tokens > 1 else 3)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 16])
 def test_decode_of_rows_of_different_lengths(ops: Ops, multiprocessors: int, dtype: torch.dtype) -> None:
     case = make(shapes.Attention(5, 1, 299, 6, 2, 24), dtype)
@@ -119,6 +162,8 @@ def test_mask_of_a_very_negative_number(ops: Ops) -> None:
     visible = torch.rand(1, 1, 3, 43) < 0.5
     visible[..., 0] = True
     lowest = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    check(ops, case, mask=lowest)
+    lowest[:, :, 1] = torch.finfo(torch.float32).min  # all keys alike, then
     check(ops, case, mask=lowest)
 
 

@@ -316,16 +316,28 @@ def test_head_mask(op: Sparse, dtype: torch.dtype) -> None:
     assert (out[:, :, 1] == 0).all()
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.7, 1.0])
-def test_scale(op: Sparse, scale: float) -> None:
-    check(op, make(evaluation(6, 16), 90, torch.float32, batch=1), scale=scale)
+@pytest.mark.parametrize("scale", [0.0, 1e-40, -0.7, 1.0])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_scale(op: Sparse, scale: float, block_size: int) -> None:
+    check(op, make(evaluation(6, block_size), 6 * block_size - 6, torch.float32, batch=1), scale=scale)
+
+
+@pytest.mark.parametrize("step", [0.02, 0.3, 3.0, -0.1])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_scores_that_keep_rising(op: Sparse, step: float, block_size: int, dtype: torch.dtype) -> None:
+    """The maximum is raised in steps: scores below and above the slack, from tile to tile and within one."""
+    case = make(dense(320 // block_size, block_size), 320, dtype, batch=1, heads=1, kv_heads=1)
+    case.q[...], case.k[...] = 1.0, 0.0
+    case.k[:, :, :320, 15] = (torch.arange(320) * step).to(dtype)
+    check(op, case, scale=1.0)
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6])
-def test_very_large_scores(op: Sparse, size: float) -> None:
+@pytest.mark.parametrize("block_size, tokens", [(16, 140), (64, 570)])
+def test_very_large_scores(op: Sparse, size: float, block_size: int, tokens: int) -> None:
     """exp must not overflow. Small integers and counts of 1, so that float32 forms every score exactly."""
-    case = make(evaluation(9, 16, 0), 140, torch.float32, batch=1)
-    k, v = ((case.k[:, :, :140] * 4).round(), case.v[:, :, :140].contiguous())
+    case = make(evaluation(9, block_size, 0), tokens, torch.float32, batch=1)
+    k, v = ((case.k[:, :, :tokens] * 4).round(), case.v[:, :, :tokens].contiguous())
     check(op, Case((case.q * 4).round(), k, v, case.plan), scale=2.0 ** round(math.log2(size / 256)))
 
 

@@ -12,15 +12,15 @@ namespace alula::tiles {
 // columns of a row are sums_of(i, row, column). Calls done(row, column, sums, maximum, denominator), a thread for every
 // four columns. All threads come here, with a barrier behind them since `states` was written; `states` is used up.
 template <typename C, typename SumsOf, typename Done>
-__device__ __forceinline__ void merge_rows(int count, int rows, int head_dim, float factor, Shared<float> states,
+__device__ __forceinline__ void merge_rows(int count, int rows, int head_dim, ScoreUnits units, Shared<float> states,
                                            const SumsOf& sums_of, const Done& done) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < rows) {
     const auto state = [&](int part, int which) { return states + 2 * (part * C::kRows + thread) + which; };
     const RowState whole = merged(
-        count, factor, [&](int i) -> float { return *state(i, 0); }, [&](int i) -> float { return *state(i, 1); });
+        count, units, [&](int i) -> float { return *state(i, 0); }, [&](int i) -> float { return *state(i, 1); });
     for (int i = 0; i < count; i++) {
-      const float weight = probability(*state(i, 0), subtrahend(whole.maximum), factor);
+      const float weight = weight_of(*state(i, 0), whole.maximum, units);
       *state(i, 0) = weight;  // in the place of the part's maximum
     }
     *state(count, 0) = whole.maximum;

@@ -1,5 +1,5 @@
 // What kernels that attend to keys tile by tile share: how a tile lies in shared memory, what a warp does with one, how
-// the warps' parts become the block's. What a row sees of a tile is the caller's: `visible(row, slot, score)`.
+// the warps' parts become the block's. What a row sees of a tile is the caller's: `seen(row, slot, score)`.
 //
 // A block of kWarps warps holds kRows query rows [kRows][kStride] and, in kStages stages, tiles of kKeys slots: keys
 // [kKeys][kStride], then values. Warps share out the rows, 16 or 32 each, and the keys of a tile where the rows are
@@ -19,7 +19,6 @@ namespace alula::tiles {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kWarpRows = 16;
-constexpr float kLog2E = 1.44269504088896341f;
 
 // Everything about a tile that the compiler knows. kD: head size rounded up; kRowWarps: warps that share out the rows;
 // kRowTiles: of 16 rows, that a warp has.
@@ -32,7 +31,7 @@ struct Tile {
   static constexpr int kBlockThreads = kWarpsOfBlock * kWarpSize;
   static constexpr int kKeyWarps = kWarpsOfBlock / kRowWarps;
   static constexpr int kRows = kRowWarps * kRowTiles * kWarpRows;
-  static constexpr bool kIsLarge = kD > 128 || (sizeof(T) == 4 && kD > 64 && kRowWarps == 4);
+  static constexpr bool kIsLarge = kD > 128 || (kD > 64 && (kRowTiles > 1 || (sizeof(T) == 4 && kRowWarps == 4)));
   static constexpr int kKeys = (sizeof(T) == 2 ? 64 : 32) / (kIsLarge ? 2 : 1);
   static constexpr int kWarpKeys = kKeys / kKeyWarps;
   static constexpr int kPack = 16 / static_cast<int>(sizeof(T));
@@ -42,9 +41,9 @@ struct Tile {
   static constexpr int kStages = 2;
   static constexpr int kQueryBytes = kRows * kStride * static_cast<int>(sizeof(T));
   static constexpr int kStageBytes = 2 * kKeyTileSize * static_cast<int>(sizeof(T));
-  // At the end the stages' memory holds the warps' sums instead: [key warp][row][kD].
+  // At the end the warps' sums are there instead: [key warp][row][kD].
   static constexpr int kSumsBytes = kKeyWarps * kRows * kD * 4;
-  static constexpr int kLimitsOffset = kQueryBytes + std::max(kStages * kStageBytes, kSumsBytes);
+  static constexpr int kLimitsOffset = std::max(kQueryBytes + kStages * kStageBytes, kSumsBytes);
   static constexpr int kStatesOffset = kLimitsOffset + kRows * 4;
   static constexpr int kScratchOffset = kStatesOffset + (kKeyWarps + 1) * kRows * 2 * 4;
   static constexpr int kSharedBytes = kScratchOffset + kWarps * 4;
@@ -88,12 +87,12 @@ struct WarpState {
 };
 
 // One tile of keys, those of this warp: scores, softmax so far, sums. `q` is the warp's own rows; the tile begins with
-// slot `first`. visible(row, slot, score) is the score of the lane's row `row`, -inf where it does not see the slot;
-// probabilities are 2^((score - maximum) factor).
-template <typename C, typename Visible>
+// slot `first`. Where `sees_all`, every row sees every slot, and scores are the plain products; elsewhere
+// seen(row, slot, score) is what becomes of the score of the lane's row `row`, -inf where it does not see the slot.
+template <typename C, typename Seen>
 __device__ __forceinline__ void attend_tile(WarpState<C>& state, Shared<typename C::Element> q,
-                                            Shared<typename C::Element> stage, int first, int key_warp, float factor,
-                                            const Visible& visible) {
+                                            Shared<typename C::Element> stage, int first, int key_warp,
+                                            ScoreUnits units, bool sees_all, const Seen& seen) {
   using T = typename C::Element;
   using Product = WarpProduct<T>;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, t = lane % 4;
@@ -123,39 +122,57 @@ __device__ __forceinline__ void attend_tile(WarpState<C>& state, Shared<typename
     }
   }
 
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; m++) {
-    // What a row does not see becomes -inf; the largest of each row over the lanes that hold it.
-    RowState* const rows = state.rows + 2 * m;
-    float largest[2] = {-INFINITY, -INFINITY};
+  if (!sees_all) {
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int key = first + own_first + n * 8 + 2 * t + i % 2;
-        scores[m][n][i] = visible(2 * m + i / 2, key, scores[m][n][i]);
-        largest[i / 2] = fmaxf(largest[i / 2], scores[m][n][i]);
+      for (int i = 0; i < 2; i++) {
+        const int slot = first + own_first + n * 8 + 2 * t + i;
+#pragma unroll
+        for (int row = 0; row < 2 * C::kRowTiles; row++) {
+          float& score = scores[row / 2][n][row % 2 * 2 + i];
+          score = seen(row, slot, score);
+        }
       }
     }
-    float correction[2];
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-      correction[row] = raise_maximum(rows[row], reduce_lanes<Max, 4>(largest[row]), factor);
-    }
-#pragma unroll
-    for (int n = 0; n < C::kD / 8; n++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) state.sums[m][n][i] *= correction[i / 2];
-    }
+  }
 
-    // Probabilities; a lane's share of the denominators is added up over lanes at the very end.
-    const float subtracted[2] = {subtrahend(rows[0].maximum), subtrahend(rows[1].maximum)};
+  // The largest score of each row; where one is above the slack, of all lanes that hold the row.
+  float largest[2 * C::kRowTiles];
+  bool is_any_above = false;
+#pragma unroll
+  for (int row = 0; row < 2 * C::kRowTiles; row++) {
+    largest[row] = -INFINITY;
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        scores[m][n][i] = probability(scores[m][n][i], subtracted[i / 2], factor);
-        rows[i / 2].denominator += scores[m][n][i];
+      for (int i = 0; i < 2; i++) largest[row] = fmaxf(largest[row], scores[row / 2][n][row % 2 * 2 + i]);
+    }
+    is_any_above |= is_above(state.rows[row], largest[row], units);
+  }
+  if (__any_sync(kWholeWarp, is_any_above)) {
+#pragma unroll
+    for (int row = 0; row < 2 * C::kRowTiles; row++) {
+      const float correction = raise_maximum(state.rows[row], reduce_lanes<Max, 4>(largest[row]), units);
+#pragma unroll
+      for (int n = 0; n < C::kD / 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) state.sums[row / 2][n][row % 2 * 2 + i] *= correction;
+      }
+    }
+  }
+
+  // Probabilities; a lane's share of the denominators is added up over lanes at the very end.
+#pragma unroll
+  for (int row = 0; row < 2 * C::kRowTiles; row++) {
+    const float subtracted = subtrahend(state.rows[row].maximum);
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float& score = scores[row / 2][n][row % 2 * 2 + i];
+        score = probability(score, subtracted, units);
+        state.rows[row].denominator += score;
       }
     }
   }
@@ -203,12 +220,12 @@ __device__ __forceinline__ void leave_state(WarpState<C>& state, int row_warp, i
 // Of `count` parts of a row: the common maximum and, relative to it, the denominator. Part i is at `maximum_of(i)` and
 // `denominator_of(i)`.
 template <typename MaximumOf, typename DenominatorOf>
-__device__ __forceinline__ RowState merged(int count, float factor, const MaximumOf& maximum_of,
+__device__ __forceinline__ RowState merged(int count, ScoreUnits units, const MaximumOf& maximum_of,
                                            const DenominatorOf& denominator_of) {
   RowState row;
   for (int i = 0; i < count; i++) row.maximum = fmaxf(row.maximum, maximum_of(i));
   for (int i = 0; i < count; i++) {
-    row.denominator += denominator_of(i) * probability(maximum_of(i), subtrahend(row.maximum), factor);
+    row.denominator += denominator_of(i) * weight_of(maximum_of(i), row.maximum, units);
   }
   return row;
 }

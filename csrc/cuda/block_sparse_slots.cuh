@@ -16,6 +16,8 @@ struct BlockSparseParams {
   BlockSparseAttentionCudaArgs cuda;
   int block_shift;  // N = 1 << block_shift
   int block_tiles;  // tiles of a query block
+  // A score is the plain product times `sign` (1, 0, -1) plus its slot's bias; it stands for 2^(score unit), unit > 0.
+  float sign, unit;
 };
 
 // --- who does what -----------------------------------------------------------------------------------------------
@@ -77,8 +79,13 @@ __device__ __forceinline__ bool is_global(const BlockSparseParams& p, const Item
 // --- tiles of slots ----------------------------------------------------------------------------------------------
 
 struct TileFacts {
-  bool is_seen;    // by a row of the block of threads
-  bool is_marked;  // some rows see some of its slots only
+  bool is_seen = false;    // by a row of the block of threads
+  bool is_marked = false;  // some rows see some of its slots only
+  bool is_plain = false;   // every row sees every slot of it, once
+  int first_column = -1;   // of the tile, where it is a part of one key block, and all of it are tokens
+
+  // Nothing about single slots is asked for.
+  __device__ __forceinline__ bool needs_slots() const { return !is_plain || first_column < 0; }
 };
 
 // Facts of the tile that begins with slot `first`. The same for all threads: each looks the entries up for itself.
@@ -86,27 +93,34 @@ template <typename C>
 __device__ __forceinline__ TileFacts facts_of(const BlockSparseParams& p, const Item& item, int first,
                                               int last_column) {
   const int size = 1 << p.block_shift, run = size < C::kKeys ? size : C::kKeys;
-  TileFacts facts = {false, false};
+  TileFacts facts;
+  facts.is_plain = p.args.visible == nullptr && p.sign == 1.0f;
   for (int slot = first; slot < first + C::kKeys; slot += run) {
     const int index = slot >> p.block_shift;
-    if (index >= item.count) break;
+    if (index >= item.count) {
+      facts.is_plain = false;
+      break;
+    }
     const int32_t* entry = p.args.entries + 2 * static_cast<int64_t>(item.first_entry + index);
     const int block = entry[0];
     const bool exists = block >= 0 && block < p.cuda.num_blocks;
     const int begin = item.grid + (exists ? block << p.block_shift : 0) + (slot & (size - 1));
     if (!exists || (begin < item.end && (!p.args.causal || begin <= last_column))) facts.is_seen = true;
     if (entry[1] == 0 || (p.args.causal && begin + run - 1 > item.first_column)) facts.is_marked = true;
+    const bool are_tokens = exists && begin + run <= item.end && p.args.visible == nullptr;
+    if (run == C::kKeys && are_tokens && entry[1] > 0) facts.first_column = begin;
+    if (!are_tokens || entry[1] != 1) facts.is_plain = false;
   }
+  facts.is_plain &= !facts.is_marked;
   return facts;
 }
 
 // The next tile from slot `first` on that somebody sees; `past` where there is none.
 template <typename C>
 __device__ __forceinline__ int next_tile(const BlockSparseParams& p, const Item& item, int first, int past,
-                                         int last_column, bool& is_marked) {
+                                         int last_column, TileFacts& facts) {
   for (; first < past; first += C::kKeys) {
-    const TileFacts facts = facts_of<C>(p, item, first, last_column);
-    is_marked = facts.is_marked;
+    facts = facts_of<C>(p, item, first, last_column);
     if (facts.is_seen) return first;
   }
   return past;
@@ -130,30 +144,39 @@ __device__ __forceinline__ void describe_slots(const BlockSparseParams& p, const
       // Nobody sees it: there are no global tokens.
     } else if (const int key = item.grid + (block << p.block_shift) + at; is_token(p, item, key)) {
       column = count == 0 ? key | kTokensOnly : key;
-      bias = count > 1 ? logf(static_cast<float>(count)) : 0.0f;
+      bias = count > 1 ? log2f(static_cast<float>(count)) / p.unit : 0.0f;
     }
   }
   columns[thread] = column;
   biases[thread] = bias;
 }
 
-// Keys and values of the described slots; zeros where nobody sees them, and in the columns after D.
+// Keys and values of the described slots; zeros where nobody sees them, and in the columns after D. The slots of a tile
+// with a first column follow each other, and their columns are not looked up.
 template <typename C>
 __device__ __forceinline__ void load_slots(const BlockSparseParams& p, const typename C::Element* k,
-                                           const typename C::Element* v, Shared<int> columns,
+                                           const typename C::Element* v, const TileFacts& facts, Shared<int> columns,
                                            Shared<typename C::Element> stage) {
+  using T = typename C::Element;
   constexpr int kPacks = C::kD / C::kPack;
   const int head_dim = static_cast<int>(p.args.head_dim);
-  copy_packs<C, C::kKeys, 2 * kPacks>(
-      p.cuda.are_keys_even,
-      [&](int slot, int pack) {
-        return stage + pack / kPacks * C::kKeyTileSize + slot * C::kStride + pack % kPacks * C::kPack;
-      },
-      [&](int slot, int pack) {
-        const int64_t stride = pack < kPacks ? p.args.k_strides[2] : p.args.v_strides[2];
-        return (pack < kPacks ? k : v) + pack % kPacks * C::kPack + (columns[slot] & ~kTokensOnly) * stride;
-      },
-      [&](int slot, int pack) { return columns[slot] >= 0 && pack % kPacks * C::kPack < head_dim; });
+  const auto to = [&](int slot, int pack) {
+    return stage + pack / kPacks * C::kKeyTileSize + slot * C::kStride + pack % kPacks * C::kPack;
+  };
+  const auto from = [&](int64_t column, int pack) -> const T* {
+    const int64_t stride = pack < kPacks ? p.args.k_strides[2] : p.args.v_strides[2];
+    return (pack < kPacks ? k : v) + pack % kPacks * C::kPack + column * stride;
+  };
+  const bool is_even = p.cuda.are_keys_even;
+  if (facts.first_column >= 0) {
+    copy_packs<C, C::kKeys, 2 * kPacks>(
+        is_even, to, [&](int slot, int pack) { return from(facts.first_column + slot, pack); },
+        [&](int, int pack) { return pack % kPacks * C::kPack < head_dim; });
+  } else {
+    copy_packs<C, C::kKeys, 2 * kPacks>(
+        is_even, to, [&](int slot, int pack) { return from(columns[slot] & ~kTokensOnly, pack); },
+        [&](int slot, int pack) { return columns[slot] >= 0 && pack % kPacks * C::kPack < head_dim; });
+  }
 }
 
 template <typename C>

@@ -293,7 +293,7 @@ void run_on_cuda(const AttentionArgs& args, const Tensor& like, int64_t num_slot
   ALULA_TRACE_CUDA("attention", args.dtype, "H ", args.num_heads, " G ", args.num_kv_heads, " D ", args.head_dim,
                    ", batch ", size_class(args.batch), ", ", size_class(args.tokens), " tokens on up to ",
                    size_class(num_slots), " keys", args.causal ? ", causal" : "", name_of(args.mask_kind), ": ",
-                   16 * plan.row_warps, " rows a block, keys over ", plan.num_splits, " blocks");
+                   plan.rows, " rows a block, keys over ", plan.num_splits, " blocks");
   OptionalTensor workspace;
   if (plan.num_splits > 1) {
     workspace = new_tensor({plan.workspace_floats}, ScalarType::Float, place_of(like, "q"));

@@ -74,7 +74,7 @@ struct AttentionCudaArgs {
 
 // How the work is cut. Known on the host without any length, so that a captured graph serves every one.
 struct AttentionCudaPlan {
-  int row_warps;
+  int rows;  // of a block of threads
   int64_t num_row_tiles;
   int num_splits;  // of the keys
   int64_t workspace_floats, num_counters;

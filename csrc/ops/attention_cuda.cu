@@ -1,10 +1,10 @@
 // attention on CUDA: softmax(scale q k^T + mask) v over the merged cache, prefill and decode by one kernel.
 //
 // Rows are numbered (token, head of the group) for each batch row and key/value head, as on the CPU, so that all query
-// heads of a key/value head share its tiles. A block of 4 warps owns 16, 32 (D > 128) or 64 rows and walks its keys in
-// tiles of kKeys slots; key and value of a slot lie together and come by cp.async, the next tile under way while one is
-// used. Warps share out the block's rows (16 each) and, where there are fewer rows than that, the keys of each tile;
-// what they hold is merged in shared memory at the end.
+// heads of a key/value head share its tiles. A block of 4 warps owns 16, 32 (D > 128), 64 or 128 rows and walks its
+// keys in tiles of kKeys slots; key and value of a slot lie together and come by cp.async, the next tile under way
+// while one is used. Warps share out the block's rows (16 or 32 each) and, where there are fewer rows than that, the
+// keys of each tile; what they hold is merged in shared memory at the end.
 //
 // Few rows and many slots (decoding): the keys are also split over blocks. Each leaves its sums in a workspace; the
 // last to come, by a counter, merges them in the order of the keys and writes the result, in the same launch. One block
@@ -17,6 +17,7 @@
 #include "ops/attention.h"
 
 #include <algorithm>
+#include <climits>
 
 #include "core/dispatch.h"
 #include "cuda/attention_merge.cuh"
@@ -146,7 +147,7 @@ __device__ __forceinline__ void write_row(const Params& p, int64_t batch, int kv
 // Merges `count` partials of the workspace, `step` splits apart, the first being that of split `first`.
 template <typename C, typename Done>
 __device__ __forceinline__ void merge_partials(const Params& p, int64_t tile, int first, int step, int count, int rows,
-                                               float factor, Shared<float> states, const Done& done) {
+                                               ScoreUnits units, Shared<float> states, const Done& done) {
   const auto part_at = [&](int i) { return partial_of<C>(p, tile, first + i * step); };
   for (int i = static_cast<int>(threadIdx.x); i < count * C::kRows; i += kThreads) {
     const int part = i / C::kRows, row = i % C::kRows;
@@ -157,7 +158,7 @@ __device__ __forceinline__ void merge_partials(const Params& p, int64_t tile, in
   }
   __syncthreads();
   merge_rows<C>(
-      count, rows, static_cast<int>(p.args.head_dim), factor, states,
+      count, rows, static_cast<int>(p.args.head_dim), units, states,
       [&](int i, int row, int column) {
         return *reinterpret_cast<const Pack<float, 4>*>(part_at(i) + row * C::kD + column);
       },
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   using T = typename C::Element;
   const Shared<T> q = dynamic_shared<T>();
   const Shared<T> stages = dynamic_shared<T>(C::kQueryBytes);
-  const Shared<float> sums = dynamic_shared<float>(C::kQueryBytes);  // after the loop, in the place of the stages
+  const Shared<float> sums = dynamic_shared<float>();  // after the loop, in the place of queries and keys
   const Shared<int> limits = dynamic_shared<int>(C::kLimitsOffset);
   const Shared<float> states = dynamic_shared<float>(C::kStatesOffset);
   const Shared<float> scratch = dynamic_shared<float>(C::kScratchOffset);
@@ -182,7 +183,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   // The last tiles see most keys, so they go first.
   const int row_tile = p.num_row_tiles - 1 - static_cast<int>(blockIdx.x) / splits;
   const int first_row = row_tile * C::kRows;
-  const float factor = (p.scales_last ? p.args.scale : 1.0f) * kLog2E;
+  const ScoreUnits units = kHasMask ? ScoreUnits{1.0f, (p.scales_last ? p.args.scale : 1.0f) * kLog2E}
+                                    : ScoreUnits{p.args.scale * kLog2E, 1.0f};
   wait_for_previous_kernel();
   let_next_kernel_start();  // it fetches its weights meanwhile
 
@@ -205,16 +207,18 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   load_queries<C>(p, batch, kv_head, first_row, q);
   if (first_tile < last_tile) load_keys<C>(p, kv, first_tile * C::kKeys, limit, stages);
   copy_async_commit();
-  const int g = lane / 4;
-  int own_limits[2];
-  [[maybe_unused]] RowPlace places[2];
+  const int g = lane / 4, own_rows = row_warp * C::kRowTiles * kWarpRows;
+  int own_limits[2 * C::kRowTiles], least_limit = INT_MAX;
+  [[maybe_unused]] RowPlace places[2 * C::kRowTiles];
 #pragma unroll
-  for (int row = 0; row < 2; row++) {
-    const int index = row_warp * kWarpRows + g + 8 * row;
-    own_limits[row] = limits[index];
+  for (int row = 0; row < 2 * C::kRowTiles; row++) {
+    const int index = own_rows + g + 8 * row;
+    // Rows beyond the last may see what they like: nobody reads them, and no tile is masked on their account.
+    own_limits[row] = first_row + index < p.num_rows ? limits[index] : INT_MAX;
+    least_limit = own_limits[row] < least_limit ? own_limits[row] : least_limit;
     if constexpr (kHasMask) places[row] = place_of(p, first_row + index < p.num_rows ? first_row + index : 0, kv_head);
   }
-  const auto visible = [&](int row, int slot, float score) {
+  const auto seen = [&](int row, int slot, float score) {
     if constexpr (kHasMask) {
       if (!p.scales_last) score *= p.args.scale;
       if (slot >= own_limits[row]) return -INFINITY;
@@ -232,8 +236,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();  // this tile is there for all
-    attend_tile<C>(state, q + row_warp * kWarpRows * C::kStride, stages + stage * stage_size, tile * C::kKeys, key_warp,
-                   factor, visible);
+    const int end = tile * C::kKeys + (key_warp + 1) * C::kWarpKeys;
+    const bool sees_all = !kHasMask && __all_sync(kWholeWarp, end <= least_limit);
+    attend_tile<C>(state, q + own_rows * C::kStride, stages + stage * stage_size, tile * C::kKeys, key_warp, units,
+                   sees_all, seen);
     __syncthreads();  // nobody reads it any more
   }
   copy_async_wait<0>();
@@ -260,44 +266,57 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(Params p) {
   const auto sums_of = [&](int part, int row, int column) -> Pack<float, 4> {
     return shared_cast<Pack<float, 4>>(sums + (part * C::kRows + row) * C::kD + column)[0];
   };
-  if (splits == 1) return merge_rows<C>(C::kKeyWarps, rows, head_dim, factor, states, sums_of, write);
-  merge_rows<C>(C::kKeyWarps, rows, head_dim, factor, states, sums_of, leave_in(partial_of<C>(p, tile_index, split)));
+  if (splits == 1) return merge_rows<C>(C::kKeyWarps, rows, head_dim, units, states, sums_of, write);
+  merge_rows<C>(C::kKeyWarps, rows, head_dim, units, states, sums_of, leave_in(partial_of<C>(p, tile_index, split)));
 
   // --- the last block of a group of splits merges those, the last block of a tile all ---
   const Shared<int> is_last = shared_cast<int>(scratch);
   uint32_t* const counters = p.cuda.counters + tile_index * (1 + p.num_groups);
   if (p.num_groups == 0) {
-    if (is_last_of(counters, splits, is_last))
-      merge_partials<C>(p, tile_index, 0, 1, splits, rows, factor, sums, write);
+    if (is_last_of(counters, splits, is_last)) merge_partials<C>(p, tile_index, 0, 1, splits, rows, units, sums, write);
     return;
   }
   const int group = split / kGroup, first = group * kGroup;
   const int count = splits - first < kGroup ? splits - first : kGroup;
   if (!is_last_of(counters + 1 + group, count, is_last)) return;
-  merge_partials<C>(p, tile_index, first, 1, count, rows, factor, sums, leave_in(partial_of<C>(p, tile_index, first)));
+  merge_partials<C>(p, tile_index, first, 1, count, rows, units, sums, leave_in(partial_of<C>(p, tile_index, first)));
   if (!is_last_of(counters, p.num_groups, is_last)) return;
-  merge_partials<C>(p, tile_index, 0, kGroup, p.num_groups, rows, factor, sums, write);
+  merge_partials<C>(p, tile_index, 0, kGroup, p.num_groups, rows, units, sums, write);
 }
 
 // --- choice ----------------------------------------------------------------------------------------------------------
 
 int head_dim_bucket(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
-// Warps that share out rows: as few as hold all of them, so that the others share out the keys. Heads of 256 leave room
-// for two in shared memory.
-int row_warps_for(int64_t head_dim, int64_t num_rows) {
-  if (head_dim_bucket(head_dim) == 256) return 2;
-  return num_rows <= kWarpRows ? 1 : 4;
+// Whether a score is the plain product, with scale applied in the exponent: where that keeps the order of scores.
+bool scales_last(const AttentionArgs& args) {
+  const bool adds_mask = args.mask_kind != MaskKind::kNone && args.mask_kind != MaskKind::kBool;
+  return !adds_mask && args.scale > 0;
 }
 
-template <typename T, int kD, int kRowWarps>
+bool has_mask(const AttentionArgs& args) { return args.mask_kind != MaskKind::kNone || !scales_last(args); }
+
+// Rows of a block: 16, so that the warps share out the keys of few rows; else 64 or, for 16-bit types without a mask,
+// 128 where there are enough of those to fill the GPU. Heads of 256 leave room for 32 in shared memory.
+int rows_for(const AttentionArgs& args, const CudaDevice& device) {
+  const int64_t rows = args.tokens * (args.num_heads / args.num_kv_heads);
+  if (head_dim_bucket(args.head_dim) == 256) return 32;
+  if (rows <= 16) return 16;
+  const bool can_be_tall = args.dtype != DType::kFloat32 && !has_mask(args);
+  return can_be_tall && rows / 128 * args.num_kv_heads * args.batch >= 2 * device.num_multiprocessors ? 128 : 64;
+}
+
+template <typename T, int kD, int kRows>
 void attention_as(Params p, const CudaStream& stream) {
-  using C = Tile<T, kD, kRowWarps>;
-  static_assert((kMergedAtOnce + 1) * C::kRows * 2 * 4 <= C::kLimitsOffset - C::kQueryBytes,
+  using C = Tile<T, kD, std::min(kRows / kWarpRows, kWarps), std::max(1, kRows / kWarpRows / kWarps)>;
+  static_assert((kMergedAtOnce + 1) * C::kRows * 2 * 4 <= C::kLimitsOffset,
                 "the states of all parts of a merge fit where the sums were");
   p.is_out_even = reinterpret_cast<uintptr_t>(p.args.out) % (4 * sizeof(T)) == 0 && p.args.out_stride % 4 == 0;
-  const bool has_mask = p.args.mask_kind != MaskKind::kNone || !p.scales_last;
-  launch("attention_kernel", has_mask ? attention_kernel<C, true> : attention_kernel<C, false>,
+  auto* kernel = attention_kernel<C, false>;
+  if constexpr (C::kRowTiles == 1) {
+    if (has_mask(p.args)) kernel = attention_kernel<C, true>;
+  }
+  launch("attention_kernel", kernel,
          {.blocks = {static_cast<int64_t>(p.num_row_tiles) * p.cuda.num_splits, p.args.num_kv_heads, p.args.batch},
           .threads = kThreads,
           .shared_bytes = C::kSharedBytes,
@@ -306,11 +325,15 @@ void attention_as(Params p, const CudaStream& stream) {
 }
 
 template <typename T, int kD>
-void attention_of_width(const Params& p, int row_warps, const CudaStream& stream) {
+void attention_of_width(const Params& p, int rows, const CudaStream& stream) {
   if constexpr (kD == 256) {
-    attention_as<T, kD, 2>(p, stream);
+    attention_as<T, kD, 32>(p, stream);
   } else {
-    row_warps == 1 ? attention_as<T, kD, 1>(p, stream) : attention_as<T, kD, 4>(p, stream);
+    if (rows == 16) return attention_as<T, kD, 16>(p, stream);
+    if constexpr (sizeof(T) == 2) {
+      if (rows == 128) return attention_as<T, kD, 128>(p, stream);
+    }
+    attention_as<T, kD, 64>(p, stream);
   }
 }
 
@@ -319,17 +342,16 @@ void attention_of_width(const Params& p, int row_warps, const CudaStream& stream
 AttentionCudaPlan attention_cuda_plan(const AttentionArgs& args, int64_t num_slots, const CudaDevice& device) {
   AttentionCudaPlan plan;
   const int64_t rows = args.tokens * (args.num_heads / args.num_kv_heads);
-  plan.row_warps = row_warps_for(args.head_dim, rows);
-  plan.num_row_tiles = (rows + plan.row_warps * kWarpRows - 1) / (plan.row_warps * kWarpRows);
+  plan.rows = rows_for(args, device);
+  plan.num_row_tiles = (rows + plan.rows - 1) / plan.rows;
   const int64_t tiles = plan.num_row_tiles * args.num_kv_heads * args.batch;
   // Two blocks a multiprocessor, and at least two tiles of keys for each block when the cache is full.
   const int64_t room = tiles == 0 ? 1 : 2 * device.num_multiprocessors / tiles;
   const int64_t most = num_slots / (2 * 64);
   plan.num_splits = static_cast<int>(std::clamp<int64_t>(std::min(room, most), 1, kGroup * kMergedAtOnce));
   plan.num_counters = tiles * (1 + num_groups(plan.num_splits));
-  plan.workspace_floats = plan.num_splits == 1 ? 0
-                                               : tiles * plan.num_splits * plan.row_warps * kWarpRows *
-                                                     (head_dim_bucket(args.head_dim) + 2);
+  plan.workspace_floats =
+      plan.num_splits == 1 ? 0 : tiles * plan.num_splits * plan.rows * (head_dim_bucket(args.head_dim) + 2);
   return plan;
 }
 
@@ -348,17 +370,16 @@ void attention_cuda(const AttentionArgs& args, const AttentionCudaArgs& cuda, co
               false,
               false};
   p.cuda.num_splits = plan.num_splits;
-  const bool adds_mask = args.mask_kind != MaskKind::kNone && args.mask_kind != MaskKind::kBool;
-  p.scales_last = !adds_mask && args.scale > 0;
+  p.scales_last = scales_last(args);
   dispatch_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     switch (head_dim_bucket(args.head_dim)) {
       case 64:
-        return attention_of_width<T, 64>(p, plan.row_warps, stream);
+        return attention_of_width<T, 64>(p, plan.rows, stream);
       case 128:
-        return attention_of_width<T, 128>(p, plan.row_warps, stream);
+        return attention_of_width<T, 128>(p, plan.rows, stream);
       default:
-        return attention_of_width<T, 256>(p, plan.row_warps, stream);
+        return attention_of_width<T, 256>(p, plan.rows, stream);
     }
   });
 }

@@ -2,9 +2,10 @@
 //
 // A block of threads owns up to 64 query rows of one query block and head (N < 64: N rows; heads of more than 128: 32)
 // and one chunk of the block's list. The chunk's key blocks, one after another, are a row of slots, met in tiles of
-// kKeys slots: with N = 64 a tile is one key block, with N = 16 it is four of them. What a slot is (its column, the log
-// of its count, whether anybody sees it) is written to shared memory two tiles ahead, its key and value come by
-// cp.async one tile ahead. Nothing is gathered or copied in global memory. Tiles that nobody sees are passed over.
+// kKeys slots: with N = 64 a tile is one key block, with N = 16 it is four of them. What a slot is (its column, the
+// bias of its count, whether anybody sees it) is written to shared memory two tiles ahead, its key and value come by
+// cp.async one tile ahead. Nothing is gathered or copied in global memory. Tiles that nobody sees are passed over; of
+// those that lie within one key block and that every row sees whole and once, nothing is looked up slot by slot.
 //
 // A schedule, made with the plan (alula/block_schedule.py), says what each block of threads does: long lists, those of
 // global blocks, go first, and are cut into chunks where one of them would last longer than all the rest. A chunk
@@ -16,6 +17,8 @@
 //
 // Not measured yet: no GPU was at hand.
 #include "ops/block_sparse_attention.h"
+
+#include <cmath>
 
 #include "core/dispatch.h"
 #include "cuda/attention_tile.cuh"
@@ -48,6 +51,9 @@ struct Config : Tile<T, kHeadDim, kRowsOfBlock / kWarpRows / kTilesOfWarp, kTile
 
 // --- results -----------------------------------------------------------------------------------------------------
 
+// Maxima are exponents of 2.
+constexpr ScoreUnits kUnits = {1.0f, 1.0f};
+
 // Where row `row` of the tile goes; null where it stands for no column.
 template <typename T>
 __device__ __forceinline__ T* output_of(const Params& p, const Item& item, int row) {
@@ -73,11 +79,11 @@ __device__ __forceinline__ void merge_rows(const Params& p, int count, const Sta
     const int row = i / (C::kD / 4), column = i % (C::kD / 4) * 4;
     if (column >= p.args.head_dim) continue;
     const RowState whole = merged(
-        count, kLog2E, [&](int part) -> float { return state_of(part, row, 0); },
+        count, kUnits, [&](int part) -> float { return state_of(part, row, 0); },
         [&](int part) -> float { return state_of(part, row, 1); });
     float values[4] = {};
     for (int part = 0; part < count; part++) {
-      const float weight = probability(state_of(part, row, 0), subtrahend(whole.maximum), kLog2E);
+      const float weight = weight_of(state_of(part, row, 0), whole.maximum, kUnits);
 #pragma unroll
       for (int c = 0; c < 4; c++) values[c] += sums_of(part, row, column + c) * weight;
     }
@@ -209,30 +215,34 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) block_sparse_attention_ke
   const T* v = static_cast<const T*>(p.args.v) + item.batch * p.args.v_strides[0] + kv_head * p.args.v_strides[1];
   const int past = item.count << p.block_shift;
   WarpState<C> state = {};
-  bool is_marked = false, is_next_marked = false, is_later_marked = false;
-  int tile = next_tile<C>(p, item, 0, past, last_column, is_marked);
-  int next = next_tile<C>(p, item, tile + C::kKeys, past, last_column, is_next_marked);
+  TileFacts facts, next_facts, later_facts;
+  int tile = next_tile<C>(p, item, 0, past, last_column, facts);
+  int next = next_tile<C>(p, item, tile + C::kKeys, past, last_column, next_facts);
   describe_slots<C>(p, item, tile, all_columns, all_biases);
   describe_slots<C>(p, item, next, all_columns + C::kKeys, all_biases + C::kKeys);
   __syncthreads();
-  if (tile < past) load_slots<C>(p, k, v, all_columns, stages);
+  if (tile < past) load_slots<C>(p, k, v, facts, all_columns, stages);
   copy_async_commit();
   for (int i = 0; tile < past; i++) {
     const int slots = i % C::kSlotStages * C::kKeys, next_slots = (i + 1) % C::kSlotStages * C::kKeys;
     const int later_slots = (i + 2) % C::kSlotStages * C::kKeys;
     constexpr int kStageSize = 2 * C::kKeyTileSize;
-    const int later = next_tile<C>(p, item, next + C::kKeys, past, last_column, is_later_marked);
-    describe_slots<C>(p, item, later, all_columns + later_slots, all_biases + later_slots);
-    if (next < past) load_slots<C>(p, k, v, all_columns + next_slots, stages + (i + 1) % C::kStages * kStageSize);
+    const int later = next_tile<C>(p, item, next + C::kKeys, past, last_column, later_facts);
+    if (later_facts.needs_slots()) {
+      describe_slots<C>(p, item, later, all_columns + later_slots, all_biases + later_slots);
+    }
+    if (next < past) {
+      load_slots<C>(p, k, v, next_facts, all_columns + next_slots, stages + (i + 1) % C::kStages * kStageSize);
+    }
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();  // this tile and the next one's slots are there for all
     [[maybe_unused]] const Shared<int> columns = all_columns + slots;
     const Shared<float> biases = all_biases + slots;
-    const auto visible = [&](int row, int slot, float score) -> float {
-      const float biased = score * p.args.scale + biases[slot];
+    const auto seen = [&](int row, int slot, float score) -> float {
+      const float biased = score * p.sign + biases[slot];
       if constexpr (kHasMarks) {
-        if (!is_marked) return biased;
+        if (!facts.is_marked) return biased;
         const int key = columns[slot];
         if (key < 0) return biased;
         const int column = key & ~kTokensOnly;
@@ -244,10 +254,10 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) block_sparse_attention_ke
       }
     };
     attend_tile<C>(state, q + row_warp * C::kOwnRows * C::kStride, stages + i % C::kStages * kStageSize, 0, key_warp,
-                   kLog2E, visible);
+                   {p.unit, 1.0f}, facts.is_plain, seen);
     __syncthreads();  // nobody reads it any more
     tile = next, next = later;
-    is_marked = is_next_marked, is_next_marked = is_later_marked;
+    facts = next_facts, next_facts = later_facts;
   }
   copy_async_wait<0>();
   __syncthreads();
@@ -259,7 +269,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) block_sparse_attention_ke
     if (is_whole) return write_warp<C>(p, item, state, row_warp, rows, q);
     leave_partial<C>(state, row_warp, own_partial);
   } else {
-    const Shared<float> sums = dynamic_shared<float>(C::kQueryBytes);  // in the place of the stages
+    const Shared<float> sums = dynamic_shared<float>();  // in the place of queries and keys
     const Shared<float> states = dynamic_shared<float>(C::kStatesOffset);
     leave_state<C>(state, row_warp, key_warp, sums, states);
     __syncthreads();
@@ -353,7 +363,14 @@ BlockSparseAttentionCudaPlan block_sparse_attention_cuda_plan(const BlockSparseA
 void block_sparse_attention_cuda(const BlockSparseAttentionArgs& args, const BlockSparseAttentionCudaArgs& cuda,
                                  const BlockSparseAttentionCudaPlan& plan, const CudaStream& stream) {
   ALULA_CHECK(args.tokens < (1 << 24), "q has ", args.tokens, " tokens; accepted: below 2^24");
-  Params p = {args, cuda, 0, static_cast<int>(plan.block_tiles)};
+  // A scale that small leaves no difference between scores, but is too small to divide a bias by.
+  const bool is_nothing = std::abs(args.scale) < 1e-30f;
+  Params p = {args,
+              cuda,
+              0,
+              static_cast<int>(plan.block_tiles),
+              is_nothing ? 0.0f : std::copysign(1.0f, args.scale),
+              is_nothing ? kLog2E : std::abs(args.scale) * kLog2E};
   while (1 << p.block_shift < args.block_size) p.block_shift++;
   dispatch_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;

@@ -54,6 +54,7 @@ void run_attention(const Request& r) {
   };
   attention_cuda(args, cuda, plan, r.stream());
   *r.t<int64_t>("splits") = plan.num_splits;
+  *r.t<int64_t>("rows") = plan.rows;
   const bool are_zeros = std::all_of(counters.data(), counters.data() + counters.size(), [](char c) { return c == 0; });
   if (!are_zeros) throw std::runtime_error("a counter is not zero after the call");
 }
