@@ -13,7 +13,7 @@ import alula.integrations.transformers as at
 import torch
 from decoder_cases import random_ids
 from torch._dynamo.backends.debugging import aot_eager
-from transformers_cases import IS_5, LANGUAGE_MODELS, close, left_padded, pair
+from transformers_cases import IS_5, LANGUAGE_MODELS, close, left_padded, own_pair, pair
 
 
 class Graphs:
@@ -44,7 +44,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.mark.parametrize("cls", LANGUAGE_MODELS)
 def test_full_graph(cls: str) -> None:
-    models = pair(2, cls)
+    models = own_pair(2, cls)
     graphs = Graphs()
     compiled = torch.compile(models.fast, fullgraph=True, backend=graphs)
     ids = random_ids(models.plain, 2, 7)
@@ -59,7 +59,7 @@ def test_full_graph(cls: str) -> None:
 
 @pytest.mark.parametrize("cls", LANGUAGE_MODELS)
 def test_steps_of_a_fixed_cache_share_a_graph(cls: str) -> None:
-    models = pair(2, cls)
+    models = own_pair(2, cls)
     graphs = Graphs()
     compiled = torch.compile(models.fast, fullgraph=True, backend=graphs)
     ids = random_ids(models.plain, 2, 9)
@@ -78,13 +78,8 @@ def test_steps_of_a_fixed_cache_share_a_graph(cls: str) -> None:
     graphs.prove()
 
 
-@pytest.mark.parametrize("cls", LANGUAGE_MODELS[:2])
-def test_generate_compiles_its_steps(cls: str) -> None:
-    models = pair(2, cls)
-    ids = random_ids(models.plain, 2, 5)
-    graphs = Graphs()
-    config = transformers.CompileConfig(fullgraph=True, backend=graphs, mode=None)
-    config._compile_all_devices = True
+def generated(model: Any, ids: torch.Tensor, graphs: Graphs | None = None) -> torch.Tensor:
+    """Seven tokens, greedily, the rows left padded; the steps compiled where there is a backend for them."""
     arguments = {
         "attention_mask": left_padded(ids),
         "max_new_tokens": 7,
@@ -92,14 +87,45 @@ def test_generate_compiles_its_steps(cls: str) -> None:
         "eos_token_id": None,
         "pad_token_id": 3,
     }
-    found = models.fast.generate(ids, cache_implementation="static", compile_config=config, **arguments)
-    assert torch.equal(found, models.plain.generate(ids, **arguments))
+    if graphs is not None:
+        config = transformers.CompileConfig(fullgraph=True, backend=graphs, mode=None)
+        config._compile_all_devices = True
+        arguments |= {"cache_implementation": "static", "compile_config": config}
+    return model.generate(ids, **arguments)
+
+
+@pytest.mark.parametrize("cls", LANGUAGE_MODELS[:2])
+def test_generate_compiles_its_steps(cls: str) -> None:
+    models = own_pair(2, cls)
+    ids = random_ids(models.plain, 2, 5)
+    graphs = Graphs()
+    assert torch.equal(generated(models.fast, ids, graphs), generated(models.plain, ids))
     assert len(graphs.ops) == 1
     graphs.prove()
 
 
+@pytest.mark.parametrize("cls", LANGUAGE_MODELS[:2])
+def test_steps_compiled_before(cls: str) -> None:
+    """What generate compiled stays on the model: it follows accelerate and restore."""
+    models = own_pair(2, cls)
+    model, ids, graphs = models.fast, random_ids(models.plain, 2, 5), Graphs()
+    expected = generated(models.plain, ids)
+    at.restore(model)
+    assert torch.equal(generated(model, ids, graphs), expected)
+    assert not any("alula." in op for op in graphs.ops.pop())
+    report = at.accelerate(model)
+    assert torch.equal(generated(model, ids, graphs), expected)
+    assert len(graphs.ops) == 1
+    graphs.prove()
+    passes = report.fast_calls
+    at.restore(model)
+    assert torch.equal(generated(model, ids, graphs), expected)
+    assert report.fast_calls == passes
+    assert len(graphs.ops) == 1
+
+
 def test_follows_loaded_weights() -> None:
-    models = pair(2, "GPT2LMHeadModel")
+    models = own_pair(2, "GPT2LMHeadModel")
     other = pair(3, "GPT2LMHeadModel").plain
     same_shapes = {key: value * 0.5 for key, value in models.plain.state_dict().items()}
     assert other is not models.plain

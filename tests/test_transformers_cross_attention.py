@@ -222,7 +222,7 @@ def test_encoder_decoder_models_generate(mode: dict[str, Any]) -> None:
 def test_compiled() -> None:
     torch._dynamo.reset()
     models = pair()
-    compiled = torch.compile(models.fast, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(models.fast), fullgraph=True, backend="aot_eager")
     ids, states = random_ids(models.plain, 2, 5), states_of(models.plain, 2, 6)
     close(
         compiled(ids, encoder_hidden_states=states, use_cache=False).logits,

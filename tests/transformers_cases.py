@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 LANGUAGE_MODELS = ("GPTBigCodeForCausalLM", "GPT2LMHeadModel", "CodeGenForCausalLM")
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
+# What torch.compile and generate keep on a model.
+_COMPILED = {"_is_torch_compile", "_compiled_call_impl", "_compiled_call", "_last_compile_config"}
 TOLERANCE = 1e-4  # on outputs of order one in float32
 
 
@@ -46,6 +48,17 @@ def pair(seed: int = 2, cls: str = "GPTBigCodeForCausalLM", **fixed: Any) -> Pai
     """The same two models for the same arguments; the counts begin at zero."""
     plain, fast = _made(seed, cls, tuple(sorted(fixed.items())))
     at.restore(fast)
+    for module in (*plain.modules(), *fast.modules()):
+        left = sorted(_COMPILED & module.__dict__.keys())
+        assert not left, f"an earlier test compiled one of the shared {cls} and left {left}: it needs own_pair"
+    return Pair(plain, fast, at.accelerate(fast))
+
+
+def own_pair(seed: int = 2, cls: str = "GPTBigCodeForCausalLM", **fixed: Any) -> Pair:
+    """A pair whose accelerated model no other test sees, to be compiled: what generate compiles it keeps on the model,
+    plain or accelerated, where no pickle holds it and every copy of the model runs the first one by it."""
+    plain, fast, _ = pair(seed, cls, **fixed)
+    fast = copy.deepcopy(fast)
     return Pair(plain, fast, at.accelerate(fast))
 
 
