@@ -142,6 +142,34 @@ def test_follows_loaded_weights() -> None:
             model.load_state_dict(kept)
 
 
+@pytest.mark.parametrize("keep_weights", [True, False], ids=["kept", "given up"])
+@pytest.mark.parametrize("fullgraph", [True, False], ids=["full graph", "breaks"])
+@pytest.mark.parametrize("cls", LANGUAGE_MODELS)
+def test_changed_into_what_alula_cannot_run(cls: str, fullgraph: bool, keep_weights: bool) -> None:
+    """Said as an eager pass says it, with a cache and without, until it is undone."""
+    plain, model, _ = own_pair(2, cls)
+    at.accelerate(model, keep_weights=keep_weights)
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    ids = random_ids(plain, 2, 5)
+    expected = plain(ids).logits
+    close(compiled(ids).logits, expected)
+    error = torch._dynamo.exc.Unsupported if fullgraph else ValueError
+    model.double()
+    for use_cache in (True, False):
+        for run, kind in ((compiled, error), (model, ValueError), (compiled, error)):
+            with pytest.raises(kind, match=r"Model was changed into what alula cannot run: .*float64"):
+                run(ids, use_cache=use_cache)
+    model.float()
+    for use_cache in (True, False):
+        close(compiled(ids, use_cache=use_cache).logits, expected)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.get_output_embeddings().double()
+        with pytest.raises(error, match=r"Linear was changed into what alula cannot run: .*float64"):
+            compiled(ids)
+    at.restore(model.float())
+    close(compiled(ids).logits, expected)
+
+
 @pytest.mark.parametrize("cls", LANGUAGE_MODELS[:2])
 def test_attention_implementation(cls: str) -> None:
     import copy

@@ -210,9 +210,9 @@ def _plain_parameter(where: str, parameter: torch.Tensor, dtype: torch.dtype, is
     if not is_released and (type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor):
         raise NotReplaceable(f"{where} is a {type(parameter.data).__name__}; accepted: plain tensors, not quantized")
     if parameter.dtype != dtype or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        others = "" if parameter.dtype == dtype else f", other parameters {dtype}"
         raise NotReplaceable(
-            f"{where} has dtype {parameter.dtype}, other parameters {dtype}; accepted: one of float32, bfloat16, "
-            "float16 for all"
+            f"{where} has dtype {parameter.dtype}{others}; accepted: one of float32, bfloat16, float16 for all"
         )
     if parameter.device.type != "cpu" and not is_released:
         raise NotReplaceable(f"{where} is on {parameter.device}; accepted: cpu")

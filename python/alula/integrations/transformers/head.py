@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alula.integrations.transformers import released
+from alula.integrations.transformers.families import NotReplaceable
 from alula.integrations.transformers.packing import PackedHead, changed_too_far
 
 __all__ = ["HeadState", "bound_forward", "why_not"]
@@ -22,15 +23,20 @@ class HeadState:
     def __init__(self, module: nn.Linear, keep: bool = True) -> None:
         self.packed = PackedHead(module, keep)
         self.fast = 0
+        self.refused: str | None = None  # as in StackState
 
+    @torch.compiler.disable  # as in StackState
     def follow(self, module: nn.Linear) -> None:
         """Packs again if the weight changed. NotReplaceable if it became what alula cannot read."""
         if self.packed.changed():
             where = released.written(module)
             why = f"{where} was written in place, but was given up (keep_weights=False)" if where else why_not(module)
             if why:
-                raise changed_too_far(module, why)
+                error = changed_too_far(module, why)
+                self.refused = str(error)
+                raise error
             self.packed.pack(module)
+        self.refused = None
 
     def forget(self) -> None:
         """Drops the packed copy, for a report outlives what it tells of."""
@@ -68,5 +74,7 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             state.follow(self)
             state.fast += 1
+        elif state.refused is not None:
+            raise NotReplaceable(state.refused)
         packed = state.packed.weight
         return linear_op(input, packed.data, packed.out_features, self.bias, None, None, 0.0, 0, None)

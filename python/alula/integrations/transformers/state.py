@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from alula.integrations.transformers import versions
 from alula.integrations.transformers.cache import FixedLayer, GrowingLayer, adopt, decoder_cache
-from alula.integrations.transformers.families import Family
+from alula.integrations.transformers.families import Family, NotReplaceable
 from alula.integrations.transformers.packing import PackedStack
 
 __all__ = [
@@ -49,7 +49,8 @@ class StackState:
 
     Attributes:
         fast: passes through alula's blocks (those of compiled code are not counted). plain: why -> passes through
-            transformers' blocks. repacked: how often weights that changed were packed again.
+            transformers' blocks. repacked: how often weights that changed were packed again. refused: why the module as
+            it was last seen cannot run, if it cannot: compiled passes, which do not look at it, ask for this.
     """
 
     acted_on: frozenset[str] = frozenset()
@@ -60,6 +61,7 @@ class StackState:
         self.family = family
         self.stack = PackedStack(module, family, keep, shared)
         self.fast = self.repacked = 0
+        self.refused: str | None = None
         self.plain: Counter[str] = Counter()
         rates = ("attn_pdrop", "attention_probs_dropout_prob")
         self.has_dropout = any(isinstance(inner, nn.Dropout) and inner.p for inner in module.modules()) or any(
@@ -67,9 +69,17 @@ class StackState:
         )
         self._find_hooks(module)
 
+    # In an eager pass below a graph that broke, Dynamo would trace the looking and packing piece by piece.
+    @torch.compiler.disable
     def follow(self, module: nn.Module) -> None:
         """Packs again what changed since the last pass. NotReplaceable if it became what alula cannot run."""
-        if self.stack.follow(module):
+        try:
+            changed = self.stack.follow(module)
+        except NotReplaceable as error:
+            self.refused = str(error)
+            raise
+        self.refused = None
+        if changed:
             self.repacked += 1
             self._find_hooks(module)
 
@@ -102,6 +112,8 @@ class StackState:
         with torch.no_grad():
             if not tracing:
                 self.follow(module)
+            elif self.refused is not None:
+                raise NotReplaceable(self.refused)
             reason = self._why_plain(module, given, tracing, grad)
             if reason is None:
                 if not tracing:
