@@ -5,6 +5,7 @@ import pytest
 import torch
 from alula import BlockPlan, block_plan
 from alula.block_schedule import LEAST_KEYS, MOST_CHUNKS, Schedule, schedule_lists
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 def check(schedule: Schedule, starts: np.ndarray) -> None:
@@ -87,3 +88,17 @@ def test_a_plan_keeps_its_tensors() -> None:
     assert on_cpu is plan.on(cpu)
     assert on_cpu[:3] == plan.tensors
     assert on_cpu[3:] == (None, 0)
+
+
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_a_plan_keeps_no_fake_tensors(is_batch: bool) -> None:
+    """Those of a traced call have no values; the next call is another one's."""
+    plan = BlockPlan.pattern(400, 16, window=5, global_tokens=(3,))
+    q = torch.zeros(1, 400, 1, 16)
+    lists = block_plan.batch_plans([plan], q) if is_batch else plan
+    with FakeTensorMode():
+        assert all(isinstance(tensor, FakeTensor) for tensor in (*lists.tensors, *lists.on(q.device)[:3]))
+    real = (*lists.tensors, *lists.on(q.device)[:3])
+    assert not any(isinstance(tensor, FakeTensor) for tensor in real)
+    assert real[0].shape == (1, 1, 26)
+    assert all(one is other for one, other in zip(real, (*lists.tensors, *lists.on(q.device)[:3]), strict=True))

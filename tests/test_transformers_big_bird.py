@@ -327,3 +327,15 @@ def test_save_load(encoder: Any, tmp_path: Any) -> None:
     report = at.accelerate(again)
     assert torch.equal(again(ids)[0], expected)
     assert report.fast_calls == 1
+
+
+def test_exported() -> None:
+    """The traced pass leaves nothing behind for the next one of the same length, of this model or another."""
+    models = pair("BigBirdModel")
+    length = LONG + 48  # of no other test: plans are shared
+    ids = torch.randint(3, 70, (2, length), generator=torch.Generator().manual_seed(2))
+    program = torch.export.export(models.fast, (ids,), {"return_dict": False}, strict=False)
+    assert any("alula" in str(node.target) for node in program.graph.nodes)
+    expected = models.plain(ids)[0]
+    close(models.fast(ids)[0], expected)
+    close(program.module()(ids, return_dict=False)[0], expected)

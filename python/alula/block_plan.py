@@ -12,7 +12,6 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from alula import (
@@ -21,7 +20,7 @@ from alula import (
 )
 from alula.bigbird_draws import draw_training_blocks
 from alula.block_schedule import Schedule, schedule_lists
-from alula.plan_tensors import OnDevices
+from alula.plan_tensors import Lists, OnDevices
 
 __all__ = ["BLOCK_SIZES", "BatchPlan", "BlockPlan", "batch_plans"]
 
@@ -202,12 +201,8 @@ class BlockPlan(OnDevices):
         dense = np.maximum(dense, 0)
         return np.tril(dense) if self.is_causal else dense
 
-    @functools.cached_property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """starts, entries and global_tokens as tensors, the way the op takes them: [1, num_heads, n + 1], [total, 2],
-        [1, n * N]."""
-        flags = None if self.global_tokens is None else torch.from_numpy(self.global_tokens.copy())[None]
-        return torch.from_numpy(self.starts.copy())[None], torch.from_numpy(self.entries.copy()), flags
+    def _lists(self) -> Lists:
+        return Lists(self.starts[None], self.entries, None if self.global_tokens is None else self.global_tokens[None])
 
     def _schedule(self) -> Schedule:
         return schedule_lists([self.starts], self.block_size)
@@ -271,15 +266,18 @@ class BlockPlan(OnDevices):
 
 
 class BatchPlan(OnDevices):
-    """A plan for each row of a batch, as tensors: starts [B, 1 or H, n + 1], entries [total, 2], global_tokens
-    [B, n * N] or None. n is that of the longest sequence; rows have empty lists for blocks that they do not reach."""
+    """A plan for each row of a batch. n is that of the longest sequence; rows have empty lists for blocks that they do
+    not reach."""
 
-    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor | None], block_size: int, is_causal: bool) -> None:
+    def __init__(self, lists: Lists, block_size: int, is_causal: bool) -> None:
         super().__init__()
-        self.tensors, self.block_size, self.is_causal = tensors, block_size, is_causal
+        self._arrays, self.block_size, self.is_causal = lists, block_size, is_causal
+
+    def _lists(self) -> Lists:
+        return self._arrays
 
     def _schedule(self) -> Schedule:
-        return schedule_lists(list(self.tensors[0].numpy()), self.block_size)
+        return schedule_lists(list(self._arrays.starts), self.block_size)
 
 
 def batch_plans(
@@ -348,7 +346,8 @@ def _pattern(
 @functools.lru_cache(_CACHED_PLANS)
 def _batch(plans: tuple[BlockPlan, ...], num_tokens: int) -> BatchPlan:
     if not plans:
-        return BatchPlan((torch.zeros(1, 1, 1).int(), torch.zeros(0, 2).int(), None), BLOCK_SIZES[0], False)
+        empty = Lists(np.zeros((1, 1, 1), np.int32), np.zeros((0, 2), np.int32), None)
+        return BatchPlan(empty, BLOCK_SIZES[0], False)
     size, is_causal = plans[0].block_size, plans[0].is_causal
     heads = {plan.num_heads for plan in plans}
     if any((plan.block_size, plan.is_causal) != (size, is_causal) for plan in plans) or len(heads - {1}) > 1:
@@ -364,10 +363,8 @@ def _batch(plans: tuple[BlockPlan, ...], num_tokens: int) -> BatchPlan:
         if plan.global_tokens is not None:
             flags[row, : kept * size] = plan.global_tokens[: kept * size]
         offset += len(plan.entries)
-    entries = torch.from_numpy(np.concatenate([plan.entries for plan in plans]))
-    return BatchPlan(
-        (torch.from_numpy(starts), entries, torch.from_numpy(flags) if flags.any() else None), size, is_causal
-    )
+    entries = np.concatenate([plan.entries for plan in plans])
+    return BatchPlan(Lists(starts, entries, flags if flags.any() else None), size, is_causal)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
