@@ -39,8 +39,19 @@ __device__ __forceinline__ int row_of(int tile, int g) {
   return kCodes == Codes::kInt8 ? 4 * g + 2 * tile : 16 * tile + 2 * g;
 }
 
+// What the pairs of a quad of 16-bit values are: neighbours 0 and 1, 2 and 3; or, where X has been laid out so, too, 0
+// and 2, 1 and 3, which takes no moving of bytes.
+enum class Order { kPlain, kSpread };
+
+// The bytes of a word, one in each half of two words.
+template <Order kOrder>
+__device__ __forceinline__ uint32_t bytes_of_pair(uint32_t word, int pair) {
+  if constexpr (kOrder == Order::kSpread) return word >> 8 * pair;  // the byte above it is masked out
+  return pick_bytes(word, 0, pair == 0 ? 0x4140 : 0x4342);
+}
+
 // 8-bit codes, less 128.
-template <typename T>
+template <typename T, Order kOrder = Order::kPlain>
 __device__ __forceinline__ Quad<T> quad_of_bytes(uint32_t word) {
   Quad<T> quad;
   if constexpr (std::is_same_v<T, float>) {
@@ -49,12 +60,13 @@ __device__ __forceinline__ Quad<T> quad_of_bytes(uint32_t word) {
   } else {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const uint32_t bytes = pick_bytes(word, 0, i == 0 ? 0x4140 : 0x4342);  // a byte in each half
+      const uint32_t bytes = bytes_of_pair<kOrder>(word, i);
       if constexpr (std::is_same_v<T, f16>) {
-        quad.pairs[i] = add_pairs(bytes | 0x64006400, 0xe480e480, T{});  // 1024 + code - 1152
+        quad.pairs[i] = add_pairs(masked_or(bytes, 0x00ff00ff, 0x64006400), 0xe480e480, T{});  // 1024 + code - 1152
       } else {
         // 128 + the low 7 bits, less 128 where bit 7 is set and less 256 where it is not.
-        quad.pairs[i] = add_pairs((bytes & 0x007f007f) | 0x43004300, (bytes & 0x00800080) ^ 0xc380c380, T{});
+        quad.pairs[i] =
+            add_pairs(masked_or(bytes, 0x007f007f, 0x43004300), masked_xor(bytes, 0x00800080, 0xc380c380), T{});
       }
     }
   }
@@ -73,7 +85,7 @@ __device__ __forceinline__ uint32_t nibble_offset(float zero) {
 }
 
 // 4-bit codes of rows r (low halves of the bytes) and r + 16 (high halves), less `zero`.
-template <typename T>
+template <typename T, Order kOrder = Order::kPlain>
 __device__ __forceinline__ void quads_of_nibbles(Quad<T>& low, Quad<T>& high, uint32_t word, float zero,
                                                  uint32_t offset) {
   if constexpr (std::is_same_v<T, float>) {
@@ -86,9 +98,9 @@ __device__ __forceinline__ void quads_of_nibbles(Quad<T>& low, Quad<T>& high, ui
     constexpr uint32_t kBase = std::is_same_v<T, f16> ? 0x64006400 : 0x43004300;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const uint32_t bytes = pick_bytes(word, 0, i == 0 ? 0x4140 : 0x4342);
-      low.pairs[i] = add_pairs((bytes & 0x000f000f) | kBase, offset, T{});
-      high.pairs[i] = add_pairs((bytes >> 4 & 0x000f000f) | kBase, offset, T{});
+      const uint32_t bytes = bytes_of_pair<kOrder>(word, i);
+      low.pairs[i] = add_pairs(masked_or(bytes, 0x000f000f, kBase), offset, T{});
+      high.pairs[i] = add_pairs(masked_or(bytes >> 4, 0x000f000f, kBase), offset, T{});
     }
   }
 }
@@ -162,24 +174,25 @@ struct PanelStep {
 };
 
 // From the words of rows 4 g .. 4 g + 3.
-template <typename T>
+template <typename T, Order kOrder = Order::kPlain>
 __device__ __forceinline__ PanelStep<T> step_of_bytes(const uint32_t (&words)[4]) {
   PanelStep<T> step;
 #pragma unroll
-  for (int i = 0; i < 4; i++) step.rows[i / 2][i % 2] = quad_of_bytes<T>(words[i]);
+  for (int i = 0; i < 4; i++) step.rows[i / 2][i % 2] = quad_of_bytes<T, kOrder>(words[i]);
   return step;
 }
 
 // From the words of rows 2 g and 2 g + 1, which hold rows 16 further, too.
-template <typename T, Codes kCodes>
+template <typename T, Codes kCodes, Order kOrder = Order::kPlain>
 __device__ __forceinline__ PanelStep<T> step_of_nibbles(const uint32_t (&words)[2], float zero, uint32_t offset) {
   PanelStep<T> step;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     if constexpr (kCodes == Codes::kNf4) {
+      static_assert(kOrder == Order::kPlain, "the table's values come in the order of K");
       quads_of_nf4<T>(step.rows[0][i], step.rows[1][i], words[i]);
     } else {
-      quads_of_nibbles<T>(step.rows[0][i], step.rows[1][i], words[i], zero, offset);
+      quads_of_nibbles<T, kOrder>(step.rows[0][i], step.rows[1][i], words[i], zero, offset);
     }
   }
   return step;

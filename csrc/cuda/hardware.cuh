@@ -162,6 +162,20 @@ __device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b, bf16) {
   return y;
 }
 
+// a & mask | bits in one instruction; written plainly, constants make it two (seen in machine code).
+__device__ __forceinline__ uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(a), "r"(mask), "r"(bits));
+  return y;
+}
+
+// (a & mask) ^ bits, likewise.
+__device__ __forceinline__ uint32_t masked_xor(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(a), "r"(mask), "r"(bits));
+  return y;
+}
+
 // Byte i is byte `selector >> 4 * i` (0 to 7) of b:a, a's first.
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t y;

@@ -9,13 +9,18 @@
 // format's groups multiply the sums of x, which come from a product with ones. Which block of a split comes last does
 // not matter for the bits: it adds up all of them in the order of K.
 //
-// The epilogue is called with two neighbouring features of one row, in fp32. Layer norm on the way in is that of
-// cuda/few_rows.cuh.
+// X comes by way of shared memory, a warp's own part of it: the lanes share out the values of a span, layer norm
+// (cuda/few_rows.cuh) included, and leave them as operands. Codes take so few bytes that instructions for each of them
+// would count.
+//
+// The epilogue is called with two neighbouring features of one row, in fp32.
 //
 // Up to 8 rows of 16-bit types are held to 128 registers a thread, so that a multiprocessor has two blocks.
 //
 // Not measured yet: no GPU was at hand.
 #pragma once
+
+#include <bit>
 
 #include "cuda/codes.cuh"
 #include "cuda/few_rows.cuh"
@@ -31,8 +36,8 @@ struct QuantizedParams {
   FewRowsParams x;        // without a dense weight
   const uint8_t* weight;  // [ceil(N/32)][panel_bytes]
   int64_t panel_bytes;
-  int steps;  // of 4 k in a panel, padding included
-  int group_size, group_bytes, header_bytes;
+  int steps;                                   // of 4 k in a panel, padding included
+  int group_shift, group_bytes, header_bytes;  // groups of 1 << group_shift
   bool has_least;
   int splits;
   QuantizedWork work;
@@ -48,13 +53,19 @@ QuantizedParams quantized_params(const PanelGemmArgs& gemm, const QuantizedPlan&
       .weight = static_cast<const uint8_t*>(gemm.weight),
       .panel_bytes = panel_bytes(f, gemm.k),
       .steps = static_cast<int>(steps),
-      .group_size = is_8bit ? 128 : f.group_size,
+      .group_shift = is_8bit ? 7 : std::countr_zero(static_cast<unsigned>(f.group_size)),
       .group_bytes = is_8bit ? 0 : static_cast<int>(group_bytes(f)),
       .header_bytes = static_cast<int>(header_bytes(f.kind)),
       .has_least = f.kind == WeightKind::kInt4Asymmetric,
       .splits = plan.splits,
       .work = work,
   };
+}
+
+// Where the step of codes with `k` begins in a panel, header included.
+__device__ __forceinline__ int place_in_groups(const QuantizedParams& p, int k) {
+  return (k >> p.group_shift) * p.group_bytes + p.header_bytes +
+         (k & ((1 << p.group_shift) - 1)) / 4 * static_cast<int>(kStepBytes4);
 }
 
 template <Codes kCodesOfWeight>
@@ -65,12 +76,30 @@ struct QuantizedFewRows {
   static constexpr int kBlock = kHasGroups ? 32 : 16;  // of K, that 32 lanes read with one load
   static constexpr int kSpan = kLoads * kBlock;
   static constexpr int kFeatures = kPanelRows;
+  static constexpr int kQuads = kSpan / 4;
+  static constexpr Order kOrder = kCodes == Codes::kNf4 ? Order::kPlain : Order::kSpread;
   static constexpr int kSumsBytes = FewRows::kWarps * kMaxFewRows * kFeatures * 4;
-  static constexpr int kMomentsOffset = kSumsBytes;
-  static constexpr int kIsLastOffset = kMomentsOffset + kMaxFewRows * 2 * 4;
-  static constexpr int kSharedBytes = kIsLastOffset + 4;
   static_assert(kSpan == (kHasGroups ? kFewRowsSpan4 : kFewRowsSpan8), "the plan counts the same spans");
   static_assert(kMaxFewRows * kFeatures / 2 == FewRows::kThreads, "each pair of sums has a thread in the epilogue");
+};
+
+// Shared memory: each warp's X [8 kTiles rows][kStride], the sums in its place at the end, then the moments.
+template <typename T, typename C, int kTiles>
+struct FewRowsMemory {
+  // 64 bytes of padding a row: those lanes that read at once, of two rows, meet all banks.
+  static constexpr int kStride = C::kSpan + 64 / static_cast<int>(sizeof(T));
+  static constexpr int kWarpValues = 8 * kTiles * kStride;
+  static constexpr int kXBytes = FewRows::kWarps * kWarpValues * static_cast<int>(sizeof(T));
+  static constexpr int kMomentsOffset = kXBytes > C::kSumsBytes ? kXBytes : C::kSumsBytes;
+  static constexpr int kIsLastOffset = kMomentsOffset + kMaxFewRows * 2 * 4;
+  static constexpr int kBytes = kIsLastOffset + 4;
+  static_assert(kBytes <= 99 * 1024, "every GPU since sm_80 can give a block this much");
+
+  // Where four neighbours of K lie in a row. A lane wants those of steps 2 i and 2 i + 1 of 16 k together: side by side
+  // where that makes 16 bytes.
+  static __device__ __forceinline__ int place_of(int quad) {
+    return 4 * (sizeof(T) == 2 ? quad / 8 * 8 + quad % 4 * 2 + quad / 4 % 2 : quad);
+  }
 };
 
 // What a lane reads of a span: codes, and of the block numbered t the scales of the features it holds.
@@ -80,33 +109,49 @@ struct SpanWords {
   uint32_t scales[2], least[2];  // pairs of fp16; groups only
 };
 
+// Where it reads in a span. Spans are whole groups: each lies as the one before it.
+template <typename C>
+struct SpanPlaces {
+  int step;     // from span to span
+  int codes;    // of the lane's 16 bytes in a block
+  int scales;   // of the group of block t
+  int first_k;  // of the lane's codes in a block, where it has a part of them only
+
+  __device__ __forceinline__ SpanPlaces(const QuantizedParams& p, int g, int t) {
+    if constexpr (C::kHasGroups) {
+      step = (C::kSpan >> p.group_shift) * p.group_bytes;
+      codes = (t + g % 2 * 4) * static_cast<int>(kStepBytes4) + g / 2 * 16;
+      scales = (t * C::kBlock >> p.group_shift) * p.group_bytes;
+      first_k = 0;
+    } else {
+      step = C::kSpan / 4 * static_cast<int>(kStepBytes8);
+      codes = p.header_bytes + t * static_cast<int>(kStepBytes8) + g * 16;
+      scales = 0;
+      first_k = 4 * t;
+    }
+  }
+};
+
 template <typename C>
 __device__ __forceinline__ void load_span(SpanWords<C>& words, const QuantizedParams& p, const uint8_t* panel, int span,
                                           int g, int t) {
+  const SpanPlaces<C> places(p, g, t);
+  const uint8_t* from = panel + span * places.step;
+  const int left = 4 * p.steps - span * C::kSpan;  // of K, padding included
 #pragma unroll
   for (int u = 0; u < C::kLoads; u++) {
-    const int k = span * C::kSpan + u * C::kBlock;
-    const uint8_t* from = panel + p.header_bytes;
-    bool is_there;
-    if constexpr (C::kHasGroups) {
-      is_there = k < 4 * p.steps;
-      from += k / p.group_size * p.group_bytes + k % p.group_size / 4 * static_cast<int>(kStepBytes4) +
-              (t + g % 2 * 4) * static_cast<int>(kStepBytes4) + g / 2 * 16;
-    } else {
-      is_there = k / 4 + t < p.steps;
-      from += static_cast<int64_t>(k / 4 + t) * kStepBytes8 + g * 16;
-    }
-    if (is_there) {
-      load_once(words.codes[u], from);
+    const int k = u * C::kBlock;
+    const int block = C::kHasGroups ? place_in_groups(p, k) : k / 4 * static_cast<int>(kStepBytes8);
+    if (places.first_k + k < left) {
+      load_once(words.codes[u], from + places.codes + block);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; i++) words.codes[u][i] = 0;
     }
   }
   if constexpr (C::kHasGroups) {
-    const int k = span * C::kSpan + t * C::kBlock;
-    const bool is_there = k < 4 * p.steps;
-    const uint8_t* group = panel + k / p.group_size * p.group_bytes;
+    const bool is_there = t * C::kBlock < left;
+    const uint8_t* group = from + places.scales;
 #pragma unroll
     for (int tile = 0; tile < 2; tile++) {
       const int at = row_of<C::kCodes>(tile, g) * 2;
@@ -135,20 +180,41 @@ __device__ __forceinline__ void add_scaled(float (&sums)[4], const float (&part)
   }
 }
 
-// Rows 8 * tile + g of X, k [column, column + 4), normed; zeros where there is none.
-template <typename T>
-__device__ __forceinline__ Quad<T> load_x_quad(const FewRowsParams& p, int row, int column, float mean, float inverse) {
-  float v[4];
-  // Lanes without a row of their own read the last one: the warp stays together for the product.
-  const int there = row < p.m ? row : p.m - 1;
-  if (p.norm_weight != nullptr) {
-    load_x<false, true>(v, p, there, column, mean, inverse, TypeTag<T>{});
-  } else {
-    load_x<false, false>(v, p, there, column, mean, inverse, TypeTag<T>{});
-  }
+// The warp's rows of X, k [first, first + kSpan), normed, into shared memory; zeros beyond K.
+template <typename M, typename C, typename T>
+__device__ __forceinline__ void stage_x(const FewRowsParams& p, int first, Shared<float> moments, Shared<T> staged) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x % kWarpSize); i < p.m * C::kQuads; i += kWarpSize) {
+    const int row = i / C::kQuads, quad = i % C::kQuads, column = first + 4 * quad;
+    float v[4];
+    if (p.norm_weight != nullptr) {
+      load_x<false, true>(v, p, row, column, moments[2 * row], moments[2 * row + 1], TypeTag<T>{});
+    } else {
+      load_x<false, false>(v, p, row, column, 0.0f, 1.0f, TypeTag<T>{});
+    }
+    constexpr bool kIsSpread = sizeof(T) == 2 && C::kOrder == Order::kSpread;
+    Pack<T, 4> pack;
 #pragma unroll
-  for (int i = 0; i < 4; i++) v[i] = row < p.m ? v[i] : 0.0f;
-  return quad_of_values<T>(v);
+    for (int j = 0; j < 4; j++) pack.values[j] = from_float<T>(v[kIsSpread ? j / 2 + j % 2 * 2 : j]);
+    shared_cast<Pack<T, 4>>(staged + row * M::kStride + M::place_of(quad))[0] = pack;
+  }
+}
+
+// Of one row: the operands of steps `step` and `step` + 1 (an even number), k 4 t .. 4 t + 3 of each.
+template <typename M, typename T>
+__device__ __forceinline__ void load_quads(Quad<T> (&x)[2], Shared<T> row, int step, int t) {
+  if constexpr (sizeof(T) == 2) {
+    const Words<T, 8> both = shared_cast<Words<T, 8>>(row + M::place_of(4 * step + t))[0];
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i / 2].pairs[i % 2] = both.words[i];
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const Words<T, 4> one = shared_cast<Words<T, 4>>(row + M::place_of(4 * (step + half) + t))[0];
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[half].values[i] = float_of_bits(one.words[i]);
+    }
+  }
 }
 
 // What this warp's spans add to the panel's sums. kTiles: of 8 rows of X.
@@ -156,8 +222,8 @@ template <typename T, typename C, int kTiles>
 __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_t* panel, int first, int last,
                                           Shared<float> moments, float (&sums)[2][kTiles][4]) {
   constexpr bool kIsExact = C::kCodes != Codes::kNf4;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
+  const int g = static_cast<int>(threadIdx.x % kWarpSize / 4), t = static_cast<int>(threadIdx.x % 4);
   [[maybe_unused]] const uint32_t offset = nibble_offset<T>(kCodesCountFrom);
 
   SpanWords<C> next;
@@ -168,20 +234,24 @@ __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_
     const Shared<float> scratch = dynamic_shared<float>();
     p.x.is_aligned ? find_moments<true, T>(p.x, moments, scratch) : find_moments<false, T>(p.x, moments, scratch);
   }
-  float mean[kTiles] = {}, inverse[kTiles] = {};
+  // Lanes without a row of their own read the last one: the warp stays together for the product, and a row of X has a
+  // part in no sums but its own.
+  using Memory = FewRowsMemory<T, C, kTiles>;
+  const Shared<T> staged = dynamic_shared<T>() + warp * Memory::kWarpValues;
+  int own_rows[kTiles];
 #pragma unroll
-  for (int n = 0; n < kTiles; n++) {
-    if (p.x.norm_weight == nullptr || 8 * n + g >= p.x.m) continue;
-    mean[n] = moments[2 * (8 * n + g)];
-    inverse[n] = moments[2 * (8 * n + g) + 1];
-  }
+  for (int n = 0; n < kTiles; n++) own_rows[n] = (8 * n + g < p.x.m ? 8 * n + g : p.x.m - 1) * Memory::kStride;
 
   for (int span = first + warp; span < last; span += FewRows::kWarps) {
     SpanWords<C> words = next;
     if (span + FewRows::kWarps < last) load_span(next, p, panel, span + FewRows::kWarps, g, t);
+    stage_x<Memory, C>(p.x, span * C::kSpan, moments, staged);
+    __syncwarp();
 #pragma unroll
-    for (int u = 0; u < C::kLoads; u++) {
-      const int k = span * C::kSpan + u * C::kBlock + 4 * t;
+    for (int u = 0; u < C::kLoads; u += C::kHasGroups ? 1 : 2) {
+      Quad<T> x[kTiles][2];
+#pragma unroll
+      for (int n = 0; n < kTiles; n++) load_quads<Memory>(x[n], staged + own_rows[n], u * (C::kBlock / 16), t);
       if constexpr (C::kHasGroups) {
         // This lane has rows 4 (g / 2) .. + 3 of step t + 4 (g % 2); it wants rows 2 g and 2 g + 1 of steps t and
         // t + 4.
@@ -195,15 +265,14 @@ __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_
         float part[2][kTiles][4] = {}, x_sums[kTiles][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const PanelStep<T> w = step_of_nibbles<T, C::kCodes>(steps[half], kCodesCountFrom, offset);
+          const PanelStep<T> w = step_of_nibbles<T, C::kCodes, C::kOrder>(steps[half], kCodesCountFrom, offset);
 #pragma unroll
           for (int n = 0; n < kTiles; n++) {
-            const Quad<T> x = load_x_quad<T>(p.x, 8 * n + g, k + 16 * half, mean[n], inverse[n]);
 #pragma unroll
-            for (int tile = 0; tile < 2; tile++) multiply_step<T, kIsExact>(part[tile][n], w.rows[tile], x);
+            for (int tile = 0; tile < 2; tile++) multiply_step<T, kIsExact>(part[tile][n], w.rows[tile], x[n][half]);
             if (C::kCodes == Codes::kInt4 && p.has_least) {
               const Quad<T> ones[2] = {quad_of_ones<T>(), quad_of_ones<T>()};
-              multiply_step<T, true>(x_sums[n], ones, x);
+              multiply_step<T, true>(x_sums[n], ones, x[n][half]);
             }
           }
         }
@@ -218,15 +287,18 @@ __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_
           }
         }
       } else {
-        const PanelStep<T> w = step_of_bytes<T>(words.codes[u]);
 #pragma unroll
-        for (int n = 0; n < kTiles; n++) {
-          const Quad<T> x = load_x_quad<T>(p.x, 8 * n + g, k, mean[n], inverse[n]);
+        for (int half = 0; half < 2; half++) {
+          const PanelStep<T> w = step_of_bytes<T, C::kOrder>(words.codes[u + half]);
 #pragma unroll
-          for (int tile = 0; tile < 2; tile++) multiply_step<T, kIsExact>(sums[tile][n], w.rows[tile], x);
+          for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+            for (int tile = 0; tile < 2; tile++) multiply_step<T, kIsExact>(sums[tile][n], w.rows[tile], x[n][half]);
+          }
         }
       }
     }
+    __syncwarp();  // the next span takes its place
   }
 }
 
@@ -235,18 +307,21 @@ __global__ void __launch_bounds__(FewRows::kThreads, sizeof(T) == 2 && kTiles ==
     quantized_few_rows_kernel(QuantizedParams p, Epilogue epilogue) {
   constexpr int kFeatures = C::kFeatures;
   const Shared<float> all_sums = dynamic_shared<float>();  // [warp][16 rows][32 features]
-  const Shared<float> moments = dynamic_shared<float>(C::kMomentsOffset);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
-  const int g = lane / 4, t = lane % 4;
-  const int panel_index = static_cast<int>(blockIdx.x) / p.splits, split = static_cast<int>(blockIdx.x) % p.splits;
+  using Memory = FewRowsMemory<T, C, kTiles>;
+  const Shared<float> moments = dynamic_shared<float>(Memory::kMomentsOffset);
+  const int thread = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.x / kWarpSize);
+  const int g = static_cast<int>(threadIdx.x % kWarpSize / 4), t = static_cast<int>(threadIdx.x % 4);
+  // Without a sign: its extension to 64 bits would be one register too many.
+  const unsigned splits = p.splits;  // at most 32, of at most 2^25 spans
+  const unsigned panel_index = blockIdx.x / splits, split = blockIdx.x - panel_index * splits;
   const uint8_t* panel = p.weight + panel_index * p.panel_bytes;
 
   const int spans = (p.x.k + C::kSpan - 1) / C::kSpan;
-  const int first = static_cast<int>(static_cast<int64_t>(spans) * split / p.splits);
-  const int last = static_cast<int>(static_cast<int64_t>(spans) * (split + 1) / p.splits);
+  const int first = static_cast<int>(spans * split / splits), last = static_cast<int>(spans * (split + 1) / splits);
   float sums[2][kTiles][4] = {};
   sum_panel<T, C, kTiles>(p, panel, first, last, moments, sums);
 
+  __syncthreads();  // nobody reads X any more
 #pragma unroll
   for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
@@ -262,7 +337,7 @@ __global__ void __launch_bounds__(FewRows::kThreads, sizeof(T) == 2 && kTiles ==
 
   // From here on a thread owns two neighbouring features of a row.
   const int row = thread / (kFeatures / 2), own = thread % (kFeatures / 2) * 2;
-  const int feature = panel_index * kFeatures + own;
+  const int feature = static_cast<int>(panel_index) * kFeatures + own;
   const bool is_there = row < p.x.m && feature < p.x.n;
   float pair[2] = {0.0f, 0.0f};
   if (is_there) {
@@ -276,23 +351,22 @@ __global__ void __launch_bounds__(FewRows::kThreads, sizeof(T) == 2 && kTiles ==
     }
   }
   if (p.splits > 1) {
-    const auto partial = [&](int which) {
-      const int64_t index = static_cast<int64_t>(panel_index) * p.splits + which;
+    const auto partial = [&](unsigned which) {
+      const int64_t index = static_cast<int64_t>(panel_index) * splits + which;
       return p.work.workspace + (index * kMaxFewRows + row) * kFeatures + own;
     };
     if (is_there) store_pack(partial(split), pair);
     __threadfence();  // what this thread wrote is there before the block is counted
     __syncthreads();
-    const Shared<int> is_last = dynamic_shared<int>(C::kIsLastOffset);
+    const Shared<int> is_last = dynamic_shared<int>(Memory::kIsLastOffset);
     if (thread == 0) {
-      const auto most = static_cast<unsigned>(p.splits) - 1;
-      is_last[0] = atomicInc(p.work.counters + panel_index, most) == most;  // wraps to 0
+      is_last[0] = atomicInc(p.work.counters + panel_index, splits - 1) == splits - 1;  // wraps to 0
     }
     __syncthreads();
     if (is_last[0] == 0) return;
     __threadfence();
     pair[0] = pair[1] = 0.0f;
-    for (int i = 0; i < p.splits && is_there; i++) {
+    for (unsigned i = 0; i < splits && is_there; i++) {
       const float* from = partial(i);
       pair[0] += from[0];
       pair[1] += from[1];
@@ -305,12 +379,16 @@ template <typename T, Codes kCodes, typename Epilogue>
 void launch_quantized_few_rows(const char* name, const QuantizedParams& p, const Epilogue& epilogue,
                                const CudaStream& stream) {
   using C = QuantizedFewRows<kCodes>;
-  const LaunchOptions options = {.blocks = {num_panels(p.x.n) * p.splits},
-                                 .threads = FewRows::kThreads,
-                                 .shared_bytes = C::kSharedBytes,
-                                 .starts_before_previous = true};
-  launch(name, p.x.m <= 8 ? quantized_few_rows_kernel<T, C, 1, Epilogue> : quantized_few_rows_kernel<T, C, 2, Epilogue>,
-         options, stream, p, epilogue);
+  const auto launch_as = [&](auto tiles) {
+    constexpr int kTiles = decltype(tiles)::value;
+    launch(name, quantized_few_rows_kernel<T, C, kTiles, Epilogue>,
+           {.blocks = {num_panels(p.x.n) * p.splits},
+            .threads = FewRows::kThreads,
+            .shared_bytes = FewRowsMemory<T, C, kTiles>::kBytes,
+            .starts_before_previous = true},
+           stream, p, epilogue);
+  };
+  p.x.m <= 8 ? launch_as(std::integral_constant<int, 1>{}) : launch_as(std::integral_constant<int, 2>{});
 }
 
 }  // namespace alula

@@ -87,19 +87,19 @@ __device__ __forceinline__ void load_stage(const QuantizedParams& p, Shared<unsi
   constexpr int kChunks = C::kCodesBytes / 16;
   for (int i = thread; i < C::kPanels * kChunks; i += C::kThreads) {
     const int panel = i / kChunks, chunk = i % kChunks;
-    const uint8_t* from = p.weight + (first_panel + panel) * p.panel_bytes + p.header_bytes;
+    const uint8_t* from = p.weight + (first_panel + panel) * p.panel_bytes;
     const Shared<unsigned char> codes = stage + C::kXBytes + panel * C::kPanelBytes + C::kHeadersBytes;
     bool is_there = first_panel + panel < panels;
     int place;
     if constexpr (C::kHasGroups) {
       const int step = first_k / 4 + chunk / 4, k = 4 * step;
       is_there = is_there && step < p.steps;
-      from += k / p.group_size * p.group_bytes + k % p.group_size / 4 * static_cast<int>(kStepBytes4) + chunk % 4 * 16;
+      from += place_in_groups(p, k) + chunk % 4 * 16;
       place = chunk / 8 * 8 + (chunk % 8 ^ chunk / 8 % 2 * 2);
     } else {
       const int step = first_k / 4 + chunk / 8;
       is_there = is_there && step < p.steps;
-      from += static_cast<int64_t>(step) * kStepBytes8 + chunk % 8 * 16;
+      from += p.header_bytes + static_cast<int64_t>(step) * kStepBytes8 + chunk % 8 * 16;
       place = chunk / 8 * 8 + (chunk % 8 ^ chunk / 8 % 4 * 2);
     }
     copy_async_16(codes + place * 16, is_there ? from : p.weight, is_there);
@@ -111,7 +111,7 @@ __device__ __forceinline__ void load_stage(const QuantizedParams& p, Shared<unsi
       const int chunk = i % kHeaderChunks, k = first_k + 32 * block;
       const bool is_there = first_panel + panel < panels && k < 4 * p.steps && chunk * 16 < p.header_bytes;
       const uint8_t* from =
-          p.weight + (first_panel + panel) * p.panel_bytes + k / p.group_size * p.group_bytes + chunk * 16;
+          p.weight + (first_panel + panel) * p.panel_bytes + (k >> p.group_shift) * p.group_bytes + chunk * 16;
       const Shared<unsigned char> headers = stage + C::kXBytes + panel * C::kPanelBytes;
       copy_async_16(headers + (block * kHeaderChunks + chunk) * 16, is_there ? from : p.weight, is_there);
     }
@@ -171,7 +171,7 @@ __device__ __forceinline__ void multiply_block(const QuantizedParams& p, WarpSum
                                                Shared<unsigned char> panel, int block, int k, uint32_t offset) {
   using T = typename C::T;
   constexpr bool kIsExact = C::kCodes != Codes::kNf4;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const int g = static_cast<int>(threadIdx.x % kWarpSize / 4), t = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const PanelStep<T> w = read_step<C>(panel + C::kHeadersBytes, 2 * block + half, g, t, offset);
@@ -196,7 +196,7 @@ __device__ __forceinline__ void multiply_block(const QuantizedParams& p, WarpSum
   }
   if constexpr (C::kHasGroups) {
     // A warp that has not all blocks of K ends its part of a group with each.
-    if (C::kDepthWarps == 1 && (k + 32) % p.group_size != 0) return;
+    if (C::kDepthWarps == 1 && ((k + 32) & ((1 << p.group_shift) - 1)) != 0) return;
 #pragma unroll
     for (int tile = 0; tile < 2; tile++) {
       const Shared<unsigned char> header = panel + block * C::kHeaderBytes + row_of<C::kCodes>(tile, g) * 2;
@@ -215,8 +215,8 @@ __device__ __forceinline__ void multiply_block(const QuantizedParams& p, WarpSum
 template <typename C, typename Epilogue>
 __global__ void __launch_bounds__(C::kThreads, 1) quantized_many_rows_kernel(QuantizedParams p, Epilogue epilogue) {
   using T = typename C::T;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
-  const int g = lane / 4, t = lane % 4;
+  const int thread = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.x / kWarpSize);
+  const int g = static_cast<int>(threadIdx.x % kWarpSize / 4), t = static_cast<int>(threadIdx.x % 4);
   const int depth_warp = warp % C::kDepthWarps, panel = warp / C::kDepthWarps % C::kPanels;
   const int row_warp = warp / C::kDepthWarps / C::kPanels;
   const auto row_blocks = static_cast<int>((p.x.m + C::kRows - 1) / C::kRows);
@@ -315,6 +315,8 @@ template <typename T, Codes kCodes, typename Epilogue>
 void launch_quantized(const char* name, const PanelGemmArgs& gemm, const QuantizedPlan& plan, const QuantizedWork& work,
                       const Epilogue& epilogue, const CudaStream& stream) {
   const QuantizedParams p = quantized_params<T>(gemm, plan, work);
+  ALULA_CHECK(p.panel_bytes < (int64_t{1} << 31), "weight has ", gemm.k,
+              " columns; accepted: 32 rows below 2^31 bytes");
   if (plan.is_few) {
     launch_quantized_few_rows<T, kCodes>(name, p, epilogue, stream);
   } else if (plan.is_large) {

@@ -246,6 +246,10 @@ uint32_t add_pairs(uint32_t a, uint32_t b, T) {
   return pair_of<T>(half(a, 0) + half(b, 0), half(a, 1) + half(b, 1));
 }
 
+inline uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+
+inline uint32_t masked_xor(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) ^ bits; }
+
 inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
   uint32_t y = 0;
