@@ -1,11 +1,12 @@
 """Options and prompts that generation refuses, naming what is wrong, before the model or a cache is touched."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from alula.generation import GenerationConfig, generate, stream
+from alula.generation import Generation, GenerationConfig, generate, stream
 from toy_decoder import ToyDecoder
 
 
@@ -142,6 +143,52 @@ def test_generation_configurations_are_updated_in_place():
     model.generation_config = GenerationConfig()
     model.generation_config.update(max_new_tokens=4)
     assert generate(model, [1]).shape == (1, 5)
+
+
+def test_none_is_an_option_that_is_not_used():
+    chosen = {
+        "max_new_tokens": 4,
+        "min_new_tokens": 2,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "num_return_sequences": 2,
+        "stop_strings": ["a"],
+        "eos_token_id": [3],
+        "bos_token_id": 1,
+        "pad_token_id": 5,
+    }
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(map(str, ids)))
+    config = GenerationConfig().updated(**chosen)
+    for name, value in chosen.items():
+        changed = config.updated(**{name: None})
+        assert changed.to_dict() == config.to_dict() | {name: getattr(GenerationConfig(), name)}
+        assert changed.chosen == chosen.keys() - {name}
+        assert getattr(GenerationConfig().merge(changed), name) == getattr(GenerationConfig(), name)
+        assert getattr(config.merge(changed), name) == value
+        assert GenerationConfig(**{name: None}) == GenerationConfig()
+        model = ToyDecoder()
+        model.generation_config = config
+        call = Generation(model, [[1]], tokenizer=tokenizer, **{name: None})
+        assert call.config == changed
+    config.update(**dict.fromkeys(chosen))
+    assert config == GenerationConfig()
+    assert not config.chosen
+    with pytest.raises(ValueError, match="did you mean `top_k`"):
+        config.updated(top_kk=None)
+
+
+def test_none_samples_as_if_it_were_left_out_of_a_model_without_it():
+    plain, model = ToyDecoder(), ToyDecoder()
+    model.generation_config = GenerationConfig(top_k=2, top_p=0.5, min_p=0.3, temperature=0.3, repetition_penalty=2.0)
+    options = {"do_sample": True, "max_new_tokens": 30, "seed": 3}
+    expected = generate(plain, [1], **options)
+    none = dict.fromkeys(("top_k", "top_p", "min_p", "temperature", "repetition_penalty"))
+    assert torch.equal(generate(model, [1], **options, **none), expected)
+    assert not torch.equal(generate(model, [1], **options), expected)
 
 
 def test_numbers_may_come_as_arrays_and_tensors():

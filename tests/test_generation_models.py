@@ -60,19 +60,48 @@ def test_tokens_equal_transformers(pair, options):
         assert torch.equal(ours, theirs)
 
 
-def test_no_end_is_what_transformers_has_for_none(pair):
+END = {"eos_token_id": "third", "max_new_tokens": 12}  # the first prompt's third token
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("eos_token_id", END),
+        ("max_length", {"max_length": 24}),
+        ("max_new_tokens", {"max_new_tokens": 5}),
+        ("min_length", {"min_length": 30, **END}),
+        ("min_new_tokens", {"min_new_tokens": 9, **END}),
+        ("repetition_penalty", {"repetition_penalty": 1.5, "max_new_tokens": 12}),
+    ],
+)
+def test_none_is_what_transformers_has_for_it(pair, name, values):
+    """Given by name it puts the model's own option out of force; in a configuration it leaves the model's."""
+    transformers = pytest.importorskip("transformers")
     ids, mask = left_padded(PROMPTS, 11)
-    end = int(both(pair, ids, mask)[0][0, ids.shape[1] + 2])
-    for model in pair:
-        model.generation_config.eos_token_id = end
+    values = {"pad_token_id": 11, "do_sample": False, **values}
+    if "eos_token_id" in values:
+        values["eos_token_id"] = int(both(pair, ids, mask)[0][0, ids.shape[1] + 2])
+    kept = [model.generation_config for model in pair]
     try:
-        for options in ({}, {"eos_token_id": None}):
-            theirs, ours = both(pair, ids, mask, **options)
+        pair[0].generation_config = transformers.GenerationConfig(**values)
+        pair[1].generation_config = GenerationConfig(**values)
+        found = []
+        for options in ({}, {name: None}):
+            if name == "max_length" and options:
+                options["max_new_tokens"] = 20  # transformers has no length then
+            theirs, ours = (model.generate(ids, attention_mask=mask, **options) for model in pair)
             assert torch.equal(ours, theirs)
-            assert (ours[0, ids.shape[1] + 3] == 11) == (not options)
+            found.append(ours)
+        assert not torch.equal(*found)
+        config = GenerationConfig(pad_token_id=11)
+        setattr(config, name, None)
+        theirs_config = transformers.GenerationConfig(pad_token_id=11, **{name: None})
+        for given in (config, theirs_config, config.updated(**values).updated(**dict.fromkeys(values))):
+            assert torch.equal(pair[1].generate(ids, attention_mask=mask, generation_config=given), found[0])
+        assert torch.equal(pair[0].generate(ids, attention_mask=mask, generation_config=theirs_config), found[0])
     finally:
-        for model in pair:
-            model.generation_config.eos_token_id = None
+        for model, config in zip(pair, kept, strict=True):
+            model.generation_config = config
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,6 @@ class Generation:
         if generation_config is not None:
             generation_config = GenerationConfig.of(generation_config)
             config = config.merge(generation_config)
-        if options.get("eos_token_id", ()) is None:
-            options["eos_token_id"] = []  # as in transformers: given as None, no token ends a row
         config = config.updated(**options)
         warn_unused(config, options)
         if (config.stop_strings or with_text) and tokenizer is None:
@@ -368,7 +366,8 @@ def generate(
     inputs: Prompts | None = None,
     **options: Any,
 ) -> Tensor:
-    """Generate up to `max_new_tokens` tokens for each prompt.  Names and meanings are Hugging Face's.
+    """Generate up to `max_new_tokens` tokens for each prompt.  Names and meanings are Hugging Face's: an option that is
+    left out is the model's, one given as None is not used.
 
     Args:
         model: a causal language model of alula.
@@ -376,8 +375,8 @@ def generate(
             tensors.  `inputs` is another name for it.
         attention_mask: [B, T], 1 for tokens and 0 for padding, wherever the padding is; only with a tensor [B, T].
         streamer: an object with `put(ids)` and `end()`, as in transformers; gets the prompt, then each step's ids [B].
-        generation_config: a `GenerationConfig`, alula's or transformers' (what is set in it); options given by name
-            win over it, and it wins over the model's own.
+        generation_config: a `GenerationConfig`, alula's or transformers'; options given by name win over it, and what
+            is set in it wins over the model's own (None is not).
         max_new_tokens, max_length, min_new_tokens, min_length: limits; `*_length` count the padded prompt too.
         do_sample: draw at random; otherwise the most likely token is taken (greedy).
         temperature, top_k, top_p, min_p: for sampling, applied in this order.
@@ -385,7 +384,7 @@ def generate(
         num_return_sequences: rows per prompt, one after the other.
         stop_strings: a row ends when a token completes one of them; needs `tokenizer`.
         tokenizer: any object with `decode(ids)`.
-        eos_token_id: an id or a list of ids that end a row.  Default: the model's; None or an empty list: no id does.
+        eos_token_id: an id or a list of ids that end a row.  Default: the model's; None or an empty list: none.
         pad_token_id: fills a row that has ended.  Default: the model's, else the first eos id, else 0.
         seed: row b draws from a random stream seeded with `seed + b`, or with `seed[b]` of a list, so its tokens depend
             on nothing but its prompt and that number.  Default: taken from `generator`, else from torch's global one.

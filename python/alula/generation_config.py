@@ -74,7 +74,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class GenerationConfig:
-    """The options of one call.  None means that an option is not given.
+    """The options of one call.  None means that an option is not used: one that has a value by default takes it.
 
     `max_new_tokens` wins over `max_length` (which counts the prompt as well); with neither, 20 tokens are made.
     `temperature`, `top_k`, `top_p` and `min_p` matter only with `do_sample`; unlike in transformers, `top_k` is off
@@ -98,6 +98,11 @@ class GenerationConfig:
     pad_token_id: int | None = None
     # Names that were set on purpose, rather than left at their defaults.
     chosen: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, f.default)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -151,10 +156,11 @@ class GenerationConfig:
     def updated(self, **options: Any) -> GenerationConfig:
         """Return a checked copy with `options` set.
 
-        None leaves an option as it is; arrays and tensors count as the numbers in them.  A `max_length` given without
-        `max_new_tokens` puts an earlier `max_new_tokens` out of force, and `min_length` a `min_new_tokens`.  An empty
-        list of `eos_token_id` or `stop_strings` switches it off.  Raises ValueError for an unknown name, naming the
-        nearest, and for a value that is not accepted.
+        None puts an earlier value out of force, as in transformers: the option is not used, and counts as not chosen.
+        Arrays and tensors count as the numbers in them.  A `max_length` given without `max_new_tokens` puts an earlier
+        `max_new_tokens` out of force, and `min_length` a `min_new_tokens`.  An empty list of `eos_token_id` or
+        `stop_strings` is a choice of none.  Raises ValueError for an unknown name, naming the nearest, and for a value
+        that is not accepted.
         """
         known = set(self.names())
         for name, value in options.items():
@@ -169,13 +175,14 @@ class GenerationConfig:
             )
             hint = f"; did you mean `{nearest[0]}`?" if nearest else f"; accepted: {', '.join(sorted(known))}"
             raise ValueError(f"generate() has no option `{name}`{hint}")
-        new = {name: _plain(value) for name, value in options.items() if name in known and value is not None}
+        new = {name: _plain(value) for name, value in options.items() if name in known}
         for total, added in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            if total in new:
+            if new.get(total) is not None:
                 new.setdefault(added, None)
         if isinstance(new.get("stop_strings"), str):
             new["stop_strings"] = [new["stop_strings"]]
-        config = replace(self, **new, chosen=self.chosen | set(new))
+        chosen = {name for name, value in new.items() if value is not None}
+        config = replace(self, **new, chosen=self.chosen - new.keys() | chosen)
         config.check()
         return config
 
@@ -203,9 +210,9 @@ class GenerationConfig:
         return cls().updated(**{name: value for name, value in options.items() if not name.startswith("_")})
 
     def merge(self, other: GenerationConfig) -> GenerationConfig:
-        """Return a copy with what was chosen in `other`, or differs there from the defaults, set."""
-        changed = other.chosen | other.to_diff_dict().keys()
-        return self.updated(**{name: getattr(other, name) for name in changed})
+        """Return a copy with what was chosen in `other`, or differs there from the defaults, set; None is no choice."""
+        changed = {name: getattr(other, name) for name in other.chosen | other.to_diff_dict().keys()}
+        return self.updated(**{name: value for name, value in changed.items() if value is not None})
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
