@@ -12,6 +12,7 @@ import torch
 import transformers
 from alula.config import CodeGenConfig
 from decoder_cases import TOLERANCE, alula_model, hf_model, random_ids, random_values, worst
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CLASSES = ("CodeGenModel", "CodeGenForCausalLM")
 
@@ -60,6 +61,23 @@ def test_weights_are_read_back_from_the_merged_matrices(heads: int, inner: int |
     assert model.decode_bytes() == sum(
         value.numel() * 4 for name, value in expected.items() if "wte" not in name and "lm_head.weight" not in name
     ) + model.lm_head.stored("weight").nbytes + _padding_bytes(model)
+
+
+def test_fake_tensors_take_no_weights() -> None:
+    """A first pass of which nothing has values says so, and changes nothing; a later one gives shapes."""
+    reference = hf_model(2, "CodeGenForCausalLM")
+    model, ids = alula_model(reference), random_ids(reference, 2, 6)
+
+    def traced() -> torch.Tensor:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            return model(mode.from_tensor(ids)).logits
+
+    with pytest.raises(RuntimeError, match="run the model once before"):
+        traced()
+    expected = reference(ids).logits
+    assert worst(model(ids).logits, expected) <= TOLERANCE
+    assert traced().shape == expected.shape
+    assert worst(model(ids).logits, expected) <= TOLERANCE
 
 
 def _padding_bytes(model: Any) -> int:

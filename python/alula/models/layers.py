@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from alula import ops
@@ -372,6 +373,8 @@ def _merge(dim: int, layers: Sequence[Linear]) -> PackedWeight:
             return merged
     with torch.inference_mode(False), torch.no_grad():
         merged = layers[0].format.pack(torch.cat([part.unpack() for part in parts], dim))
+    if isinstance(merged.data, FakeTensor):
+        raise RuntimeError("the first pass merges weights, which one under fake tensors cannot: run the model once before")
     share_merged(merged, dim, layers)
     return merged
 
