@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,8 +47,10 @@ def test_the_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFi
     results = json.loads(file.read_text())
     assert len(results["cases"]) == len(MAKERS) - 1 + 2 * len(quantized.FORMATS)
     engines = [sorted(row["ms"]) for row in results["models"]]
-    assert engines == [["alula", "hf compiled", "hf eager", "hf sdpa"]] * 2 + [["alula", "alula bf16"]]
-    assert results["models"][2]["logits differ by"] < 0.1
+    peers = ["hf eager", "hf sdpa"]
+    assert engines == [["alula", "hf compiled", *peers]] * 2 + [["alula", *peers], ["alula", "alula bf16"]]
+    assert [row["model"] for row in results["models"]][2] == "tiny B3 T9 bf16 left-padded"
+    assert results["models"][3]["logits differ by"] < 0.1
     assert "dry run" in capsys.readouterr().out
     assert main(["cuda", "--device", "cpu"]) == 2
 
@@ -58,7 +62,7 @@ def test_peers_that_fail_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise TypeError("an argument that this version does not know")
 
     monkeypatch.setattr(models, "_hf_compiled", lambda *args: fail)
-    row = models.run(BENCH, "tiny B1", LIMITS, float("inf"))[0]
+    row = next(models.run(BENCH, "tiny B1", LIMITS, float("inf")))
     assert "argument that this version" in row["missing"]["hf compiled"]
     assert sorted(row["ms"]) == ["alula", "hf eager", "hf sdpa"]
 
@@ -76,7 +80,7 @@ def test_the_whole_proof_as_a_dry_run(prove: ModuleType, tmp_path: Path, monkeyp
 
     def note_command(self, name, command, limit):
         commands.append((name, command))
-        return self.note(name, True), "12 passed, 3 skipped"
+        return self.note(name, True), "12 passed, 3 skipped in 1.00s"
 
     monkeypatch.setattr(prove.Proof, "run", note_command)
     out = tmp_path / "result.json"
@@ -88,6 +92,59 @@ def test_the_whole_proof_as_a_dry_run(prove: ModuleType, tmp_path: Path, monkeyp
     compile(commands[1][1][-1], "benchmark", "exec")
     if not torch.cuda.is_available():
         assert prove.main([]) == 2
+
+
+def test_tests_go_on_behind_one_that_the_gpu_did_not_survive(
+    prove: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter(
+        [
+            (
+                False,
+                "..F\n!! the GPU is lost after tests/gpu/test_ops.py::test_b[1-fp32] !!\n==\n1 failed, 2 passed in 3.20s",
+            ),
+            (True, "....\n= GPU tests: 4 passed, 0 failed, none skipped =\n4 passed in 61.00s (0:01:01)"),
+        ]
+    )
+    commands = []
+    monkeypatch.setattr(prove.Proof, "run", lambda self, name, command, limit: commands.append(command) or next(said))
+    out = tmp_path / "out.json"
+    proof = prove.Proof(60, out, {"gpu": "some"})
+    prove.tests(proof, is_dry=False)
+    assert "--after" not in commands[0]
+    assert commands[1][-2:] == ["--after", "tests/gpu/test_ops.py::test_b[1-fp32]"]
+    assert json.loads(out.read_text()) == {"gpu": "some", "tests": {"failed": 1, "passed": 6}, "steps": []}
+
+
+def test_a_lost_gpu_ends_the_tests_and_those_behind_are_found(tmp_path: Path) -> None:
+    """pytest itself, over tests of which one leaves the GPU unusable."""
+    folder = tmp_path / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "conftest.py").write_text((ROOT / "tests" / "gpu" / "conftest.py").read_text())
+    (folder / "test_some.py").write_text(
+        "import torch\n"
+        "def lost(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "torch.cuda.is_available, torch.cuda.synchronize = lambda: True, lambda: None\n"
+        "from alula import _C\n"
+        "_C.build_info = lambda: {'cuda': '13.0'}\n"
+        "def test_a(): pass\n"
+        "def test_b(): torch.cuda.synchronize = lost\n"
+        "def test_c(): assert torch.cuda.synchronize is lost\n"
+        "def test_d(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+
+    def run(*options: str) -> str:
+        return subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+
+    first = run()
+    lost = re.search(r"the GPU is lost after (\S+)", first)
+    assert lost is not None, first
+    assert lost[1] == "tests/gpu/test_some.py::test_b"
+    assert "2 passed" in first
+    assert "1 error" in first
+    rest = run("--after", lost[1])
+    assert "1 failed, 1 passed" in rest, "of the two behind it"
 
 
 @pytest.mark.parametrize("hears", [True, False])

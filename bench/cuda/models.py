@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from alula.bench import presets
@@ -26,40 +26,67 @@ TOLERANCE = 3e-2  # of the largest logit, between alula and transformers' eager 
 Generate = Callable[[Tensor, int], Any]  # of ids [B, T]: makes that many tokens, greedy
 
 
-def shapes(bench: Bench) -> list[tuple[str, dict[str, Any], int, int, str]]:
-    """(name, configuration, rows, prompt tokens, "bf16" or a format of quantized weights)."""
+class Shape(NamedTuple):
+    """What is timed: `weights` is "bf16" or a format of quantized weights; padded rows have padding on the left, more
+    in every row, up to half of the prompt."""
+
+    name: str
+    config: dict[str, Any]
+    batch: int
+    tokens: int  # of the prompt
+    weights: str = "bf16"
+    is_padded: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} B{self.batch} T{self.tokens} {self.weights}{' left-padded' if self.is_padded else ''}"
+
+    def prompt(self) -> tuple[Tensor, Tensor | None]:
+        """ids and attention mask, both int64 [B, T]."""
+        size, generator = (self.batch, self.tokens), torch.Generator().manual_seed(self.batch)
+        ids = torch.randint(4, self.config["vocab_size"], size, generator=generator)
+        if not self.is_padded:
+            return ids, None
+        padding = torch.arange(self.batch) * self.tokens // (2 * self.batch)
+        return ids, (torch.arange(self.tokens) >= padding.unsqueeze(1)).long()
+
+
+def shapes(bench: Bench) -> list[Shape]:
     if bench.quick:
         tiny = presets.gpt_bigcode(2, 32, 4, 64, 90)
-        return [("tiny", tiny, 1, 5, "bf16"), ("tiny", tiny, 3, 9, "bf16"), ("tiny", tiny, 1, 5, "int8")]
+        padded = Shape("tiny", tiny, 3, 9, is_padded=True)
+        return [Shape("tiny", tiny, 1, 5), Shape("tiny", tiny, 3, 9), padded, Shape("tiny", tiny, 1, 5, "int8")]
     gpt2, santacoder = presets.PRESETS["gpt2"], presets.PRESETS["santacoder"]
     return [
-        ("santacoder", santacoder, 1, 128, "bf16"),
-        ("santacoder", santacoder, 8, 128, "bf16"),
-        ("gpt2", gpt2, 1, 128, "bf16"),
-        ("santacoder", santacoder, 1, 128, "int8"),
-        ("santacoder", santacoder, 1, 128, "int4"),
+        Shape("santacoder", santacoder, 1, 128),
+        Shape("santacoder", santacoder, 8, 1024, is_padded=True),
+        Shape("santacoder", santacoder, 8, 128),
+        Shape("gpt2", gpt2, 1, 128),
+        Shape("santacoder", santacoder, 1, 128, "int8"),
+        Shape("santacoder", santacoder, 1, 128, "int4"),
     ]
 
 
-def run(bench: Bench, only: str, limits: dict[str, float], end: float) -> list[dict[str, Any]]:
-    """A row for each shape; contestants that cannot be had are named with the reason."""
-    rows: list[dict[str, Any]] = []
+def run(bench: Bench, only: str, limits: dict[str, float], end: float) -> Iterator[dict[str, Any]]:
+    """A row for each shape, as soon as it is known; contestants that cannot be had are named with the reason."""
     made: tuple[tuple[str, bool], dict[str, Any]] | None = None
-    for name, config, batch, tokens, weights in shapes(bench):
-        title, is_dense = f"{name} B{batch} T{tokens} {weights}", weights == "bf16"
-        if only not in title or time.monotonic() > end:
+    for shape in shapes(bench):
+        kind = (shape.name, shape.weights == "bf16")
+        if only not in shape.title or time.monotonic() > end:
             continue
         try:
-            if made is None or made[0] != (name, is_dense):
+            if made is None or made[0] != kind:
                 made = None  # its memory first
                 bench.forget()
-                made = ((name, is_dense), _contestants(bench, config) if is_dense else _dense(bench, config))
-            given = made[1] if is_dense else {**made[1], "alula": _quantized(bench, made[1]["alula bf16"], weights)}
-            rows.append(_measure(bench, title, given, config, batch, tokens, limits, end))
-        except RuntimeError as error:
-            rows.append({"model": title, "wrong": str(error)[:500]})
-        print(_line(rows[-1]), flush=True)
-    return rows
+                made = (kind, _contestants(bench, shape.config) if kind[1] else _dense(bench, shape.config))
+            given = made[1]
+            if not kind[1]:
+                given = {**given, "alula": _quantized(bench, given["alula bf16"], shape.weights)}
+            row = _measure(bench, shape, given, limits, end)
+        except Exception as error:  # one model that fails does not keep the others from running
+            row = {"model": shape.title, "wrong": f"{type(error).__name__}: {error}"[:500]}
+        print(_line(row), flush=True)
+        yield row
 
 
 def _contestants(bench: Bench, config: dict[str, Any]) -> dict[str, Any]:
@@ -100,32 +127,25 @@ def _quantized(bench: Bench, dense: Any, format: str) -> Any:
     return ours.quantize(format, activations="full").to(bench.device)
 
 
-def _measure(
-    bench: Bench,
-    title: str,
-    made: dict[str, Any],
-    config: dict[str, Any],
-    batch: int,
-    tokens: int,
-    limits: dict[str, float],
-    end: float,
-) -> dict[str, Any]:
+def _measure(bench: Bench, shape: Shape, made: dict[str, Any], limits: dict[str, float], end: float) -> dict[str, Any]:
     ours = made["alula"]
-    ids = torch.randint(4, config["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(batch))
-    given = ids.to(bench.device)
-    row: dict[str, Any] = {"model": title, "wrong": "", "missing": {}, "ms": {}, "spread_ms": {}, "prefill_ms": {}}
+    given, mask = (None if part is None else part.to(bench.device) for part in shape.prompt())
+    row: dict[str, Any] = {"model": shape.title, "wrong": "", "missing": {}}
+    row.update({"ms": {}, "spread_ms": {}, "prefill_ms": {}})
     short, long = (QUICK_SHORT, QUICK_LONG) if bench.quick else (SHORT, LONG)
-    contestants: dict[str, Generate] = {"alula": _alula(ours)}
+    contestants: dict[str, Generate] = {"alula": _alula(ours, mask)}
     if "hf" in made:
         with torch.inference_mode():
-            theirs = made["hf"](given, logits_to_keep=1).logits.float()
-            error = (ours(given, logits_to_keep=1).logits.float() - theirs).abs().max() / theirs.abs().max()
+            theirs = made["hf"](given, **_padding(mask), logits_to_keep=1).logits.float()
+            actual = ours(given, **_padding(mask), logits_to_keep=1).logits.float()
+            error = (actual - theirs).abs().max() / theirs.abs().max()
         if not error <= TOLERANCE:
             return {**row, "wrong": f"logits differ by {float(error):.2g} of the largest"}
         row["logits differ by"] = float(error)
-        contestants["hf eager"] = _hf(made["hf"], "eager")
-        contestants["hf sdpa"] = _hf(made["hf"], "sdpa")
-        contestants["hf compiled"] = _hf_compiled(bench, made["hf"], tokens + long)
+        contestants["hf eager"] = _hf(made["hf"], "eager", mask)
+        contestants["hf sdpa"] = _hf(made["hf"], "sdpa", mask)
+        if mask is None:
+            contestants["hf compiled"] = _hf_compiled(bench, made["hf"], shape.tokens + long)
     elif "alula bf16" in made:
         with torch.inference_mode():
             theirs = made["alula bf16"](given, logits_to_keep=1).logits.float()
@@ -168,20 +188,31 @@ def _seconds(bench: Bench, generate: Generate, ids: Tensor, count: int) -> float
     return time.perf_counter() - start
 
 
-def _alula(model: Any) -> Generate:
+def _alula(model: Any, mask: Tensor | None = None) -> Generate:
     return lambda ids, count: model.generate(
-        ids, max_new_tokens=count, do_sample=False, eos_token_id=[], pad_token_id=0
+        ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=[], pad_token_id=0
     )
 
 
-def _hf(model: Any, attention: str) -> Generate:
+def _padding(mask: Tensor | None) -> dict[str, Tensor]:
+    """What transformers' forward takes of an attention mask [B, S]: itself, and the positions [B, S] that follow."""
+    if mask is None:
+        return {}
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+def _hf(model: Any, attention: str, mask: Tensor | None = None) -> Generate:
     @torch.inference_mode()
     def generate(ids: Tensor, count: int) -> Tensor:
         model.set_attn_implementation(attention)
-        out = model(ids, use_cache=True, logits_to_keep=1)
+        given = _padding(mask)
+        out = model(ids, **given, use_cache=True, logits_to_keep=1)
         for _ in range(count - 1):
             newest = out.logits[:, -1:].argmax(-1)
-            out = model(newest, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            if given:
+                longer = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
+                given = {"attention_mask": longer, "position_ids": given["position_ids"][:, -1:] + 1}
+            out = model(newest, **given, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].argmax(-1)
 
     return generate

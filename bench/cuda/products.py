@@ -1,9 +1,11 @@
-"""Cases of layer norm, softmax and products, bf16; the peer is PyTorch."""
+"""Cases of layer norm, softmax, rotary and products, bf16; the peer is PyTorch."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from alula import ops
+from torch import Tensor
 
 from .timing import Bench, Case
 
@@ -35,6 +37,37 @@ def softmax_cases(bench: Bench) -> list[Case]:
         }
         cases.append(Case(f"scaled_masked_softmax {rows}x{keys} bf16", contestants, len(xs), nbytes))
     return cases
+
+
+def rotary_cases(bench: Bench) -> list[Case]:
+    """Tokens x heads x head size (values turned), of CodeGen: queries, and as many keys."""
+    cases = []
+    shapes = [(8192, 16, 64, 32), (4096, 16, 256, 64)]
+    for tokens, heads, head_dim, turned in bench.choose(shapes, [(40, 2, 16, 8)]):
+        nbytes = 8.0 * tokens * heads * head_dim
+        qs = [bench.rand(1, tokens, heads, head_dim) for _ in range(bench.copies_of(nbytes))]
+        ks = [bench.rand(1, tokens, heads, head_dim) for _ in qs]
+        positions = torch.arange(tokens, dtype=torch.int32, device=bench.device).unsqueeze(0)
+        table = ops.rotary_table(tokens, turned, device=bench.device.type)
+        angles = table.view(1, tokens, 1, turned).to(torch.bfloat16)
+
+        def peer(i: int, qs=qs, ks=ks, angles=angles) -> tuple[Tensor, Tensor]:
+            return _turned(qs[i], angles), _turned(ks[i], angles)
+
+        contestants = {
+            "alula": lambda i, qs=qs, ks=ks, p=positions, t=table: ops.rotary(qs[i], ks[i], p, t),
+            "torch": peer,
+        }
+        cases.append(Case(f"rotary {tokens}x{heads}x{head_dim} ({turned}) bf16", contestants, len(qs), nbytes))
+    return cases
+
+
+def _turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Neighbouring pairs (a, b) of the first values of a head become (a cos - b sin, b cos + a sin)."""
+    cosine, sine = angles.chunk(2, dim=-1)
+    a, b = x[..., 0 : 2 * cosine.shape[-1] : 2], x[..., 1 : 2 * cosine.shape[-1] : 2]
+    turned = torch.stack([a * cosine - b * sine, b * cosine + a * sine], dim=-1).flatten(-2)
+    return torch.cat([turned, x[..., 2 * cosine.shape[-1] :]], dim=-1)
 
 
 def linear_cases(bench: Bench) -> list[Case]:

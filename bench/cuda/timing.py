@@ -101,7 +101,7 @@ def measure(bench: Bench, case: Case, rounds: int, limits: dict[str, float]) -> 
     names = list(results)
     wrong = ""
     if len(names) > 1:
-        ours, theirs = results[names[0]].float(), results[names[1]].float()
+        ours, theirs = (_values(results[name]) for name in names[:2])
         error = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-30)
         wrong = "" if error <= case.tolerance else f"differs by {error:.2g} of the largest value"
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -123,6 +123,12 @@ def measure(bench: Bench, case: Case, rounds: int, limits: dict[str, float]) -> 
         row["TFLOP/s"] = case.flops / medians[names[0]] / 1e6
         row["of the product"] = row["TFLOP/s"] / limits["bf16 product TFLOP/s"]
     return row
+
+
+def _values(result: Any) -> Tensor:
+    """float32; of several tensors, all of them in one row."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return torch.cat([part.float().flatten() for part in parts])
 
 
 def line_of(row: dict[str, Any]) -> str:

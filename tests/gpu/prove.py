@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CASES = Path(__file__).with_name("sanitizer_cases.py")
 PLANTED = Path(__file__).with_name("planted.cu")
 STEPS = ("tests", "sanitizer", "ops", "models")
+MOST_LOST = 5  # processes for the tests: one more for each time that the GPU is lost
 GRACE = 10.0  # seconds to say what is known, once the time is over
 
 
@@ -56,14 +57,23 @@ def _run(command: list[str], limit: float) -> tuple[int, str]:
 
 
 class Proof:
-    """The steps so far, what is left of the time, and where everything that is printed goes."""
+    """The steps so far, what is left of the time, and where results and everything that is printed go.
 
-    def __init__(self, seconds: float, log: Path | None = None) -> None:
+    `about`: what the results are of, to be filled; written with the steps after each of them, so that whoever stops the
+    whole has what was seen.
+    """
+
+    def __init__(self, seconds: float, out: Path | None = None, about: dict[str, Any] | None = None) -> None:
         self.end = time.monotonic() + seconds
         self.steps: list[dict[str, Any]] = []
-        self.log = log
-        if log:
-            log.write_text("")
+        self.about = {} if about is None else about
+        self.out, self.log = out, out.with_suffix(".log") if out else None
+        if self.log:
+            self.log.write_text("")
+
+    def keep(self) -> None:
+        if self.out:
+            self.out.write_text(json.dumps({**self.about, "steps": self.steps}, indent=1) + "\n")
 
     def call(self, name: str, command: list[str], limit: float) -> tuple[int, str]:
         """Runs a command, prints the end of what it says; its exit status (124: out of time) and all it said."""
@@ -87,6 +97,7 @@ class Proof:
     def note(self, name: str, ok: bool, text: str = "", seconds: float = 0.0) -> bool:
         self.steps.append({"step": name, "ok": ok, "seconds": round(seconds, 1), "text": text})
         print(f"--- {name}: {'ok' if ok else 'FAILED'} ({seconds:.1f} s) {text if not ok and seconds == 0 else ''}")
+        self.keep()
         return ok
 
 
@@ -111,12 +122,25 @@ def sanitize(proof: Proof) -> None:
             proof.run(f"{kind} over every kernel", [tool, *flags, sys.executable, str(CASES)], 80)
 
 
-def tests(proof: Proof, about: dict[str, Any], is_dry: bool) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
-    _, output = proof.run("tests", command, 180)
-    counted = re.findall(r"(\d+) (passed|failed|skipped|error)", output)
-    about["tests"] = {what: int(number) for number, what in counted}
-    if not is_dry and not about["tests"].get("passed"):
+def tests(proof: Proof, is_dry: bool) -> None:
+    """pytest; again for the tests behind one that the GPU did not survive (tests/gpu/conftest.py). A test that hangs
+    says where after 60 s."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
+    command += ["-o", "faulthandler_timeout=60"]
+    counts: dict[str, int] = {}
+    end, after = time.monotonic() + 180, []
+    for _ in range(MOST_LOST):
+        _, output = proof.run(" ".join(["tests", *after[1:]]), [*command, *after], end - time.monotonic())
+        summary = re.findall(r"^.*\d+ .* in [\d.]+s\b.*$", output, re.MULTILINE)[-1:]
+        for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", " ".join(summary)):
+            counts[what] = counts.get(what, 0) + int(number)
+        proof.about["tests"] = counts
+        proof.keep()
+        lost = re.search(r"the GPU is lost after (\S+)", output)
+        if lost is None:
+            break
+        after = ["--after", lost[1]]
+    if not is_dry and not counts.get("passed"):
         proof.note("a test has passed", False, "none has: see why they were skipped")
 
 
@@ -185,14 +209,16 @@ def main(argv: list[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
     out = args.out or ROOT / "bench" / "results" / f"{name}-{about['date'][:10]}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    proof = Proof(args.seconds, out.with_suffix(".log"))
+    proof = Proof(args.seconds, out, about)
     if "tests" in only:
-        tests(proof, about, args.dry_run)
+        tests(proof, args.dry_run)
     if "sanitizer" in only and not args.dry_run:
         sanitize(proof)
-    about["bench"] = {part: benchmark(proof, part, args.dry_run) for part in ("ops", "models") if part in only}
-    about["steps"] = proof.steps
-    out.write_text(json.dumps(about, indent=1) + "\n")
+    results = about["bench"] = {}
+    for part in ("ops", "models"):
+        if part in only:
+            results[part] = benchmark(proof, part, args.dry_run)
+            proof.keep()
     failed = [step["step"] for step in proof.steps if not step["ok"]]
     print(f"\nresults: {out}\n" + (f"FAILED: {', '.join(failed)}" if failed else "all steps succeeded"))
     return 1 if failed else 0
