@@ -157,6 +157,18 @@ def test_masks(
         assert (out[:, 0] == 0).all()
 
 
+@pytest.mark.parametrize("head_dim", [64, 72, 128, 136, 256])
+@pytest.mark.parametrize("tokens, past, multiprocessors", [(1, 300, 8), (7, 40, 1), (40, 0, 1)])
+def test_masks_with_every_head_size(
+    ops: Ops, tokens: int, past: int, multiprocessors: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """16, 32 and 64 query rows a block."""
+    case = make(shapes.Attention(1, tokens, past, 3, 1, head_dim), dtype)
+    visible = torch.rand(1, 3, tokens, past + tokens) < 0.6
+    check(ops, case, mask=visible, num_multiprocessors=multiprocessors)
+    check(ops, case, mask=torch.randn(visible.shape).masked_fill(~visible, -torch.inf))
+
+
 def test_mask_of_a_very_negative_number(ops: Ops) -> None:
     case = make(shapes.Attention(1, 3, 40, 3, 1, 16), torch.float32)
     visible = torch.rand(1, 1, 3, 43) < 0.5

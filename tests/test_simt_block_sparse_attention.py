@@ -286,6 +286,18 @@ def test_mask(op: Sparse, plan: BlockPlan, dtype: torch.dtype) -> None:
     assert (check(op, case, mask=mask, lengths=lengths)[~is_there] == 0).all()
 
 
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"global_tokens": (3,), "window": 1}], ids=str)
+@pytest.mark.parametrize("dim, block_size", [(64, 128), (72, 16), (72, 32), (128, 64), (136, 16), (256, 32)])
+def test_marks_and_masks_with_every_head_size(
+    op: Sparse, dim: int, block_size: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    tokens = 2 * block_size - 3
+    case = make(BlockPlan.pattern(tokens, block_size, **options), tokens, dtype, batch=1, heads=1, kv_heads=1, dim=dim)
+    mask = torch.rand(1, tokens) < 0.7
+    poison(case, mask)
+    assert (check(op, case, mask=mask)[~mask] == 0).all()
+
+
 def test_a_mask_of_a_prefix_is_a_length(op: Sparse, dtype: torch.dtype) -> None:
     case = make(evaluation(6, 32), 180, dtype, heads=1, kv_heads=1)
     lengths = int32(100, 180)

@@ -142,6 +142,7 @@ def check_qkv(
     mlp_width: int = 0,
     mlp_activation: str = "gelu_pytorch_tanh",
     positions: Tensor | None = None,
+    with_norm: bool = True,
 ) -> None:
     """Query, cache and mlp against the reference; what is not written keeps its bits."""
     heads, kv_heads, head_dim, width = shape
@@ -160,6 +161,8 @@ def check_qkv(
         "norm_weight": torch.randn(width).to(dtype),
         "norm_bias": torch.randn(width).to(dtype),
     }
+    if not with_norm:
+        del options["norm_weight"], options["norm_bias"]
     if rotary_dim:
         options["rotary_table"] = rotary_table(50, rotary_dim)
         options["rotary_positions"] = torch.randint(0, 50, (batch, tokens), dtype=torch.int32)
@@ -197,6 +200,13 @@ def test_qkv_projection(
     ops: Ops, shape: tuple[int, int, int, int], batch: int, tokens: int, dtype: torch.dtype
 ) -> None:
     check_qkv(ops, batch, tokens, shape, dtype)
+
+
+@pytest.mark.parametrize("width", [64, 31])
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 4), (3, 5), (2, 11)])
+def test_qkv_projection_without_a_layer_norm(ops: Ops, batch: int, tokens: int, width: int, dtype: torch.dtype) -> None:
+    """As BigBird's blocks have it."""
+    check_qkv(ops, batch, tokens, (2, 2, 16, width), dtype, with_norm=False)
 
 
 @pytest.mark.parametrize("tokens", [2, 20])
