@@ -101,7 +101,7 @@ def test_tests_go_on_behind_one_that_the_gpu_did_not_survive(
         [
             (
                 False,
-                "..F\n!! the GPU is lost after tests/gpu/test_ops.py::test_b[1-fp32] !!\n==\n1 failed, 2 passed in 3.20s",
+                "..F\n!! the GPU is lost after tests/gpu/test_ops.py::test_b[1-fp32] !!\n1 failed, 2 passed in 3.20s",
             ),
             (True, "....\n= GPU tests: 4 passed, 0 failed, none skipped =\n4 passed in 61.00s (0:01:01)"),
         ]

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -87,7 +88,9 @@ Tensor library_product(const PanelGemmArgs& gemm, const Tensor& x, const Tensor&
   const Tensor rows = normed_rows(gemm, x, scope);
   Tensor plain = weight;
   plain = torch::stable::narrow(plain, 1, 0, gemm.k);
-  return torch::stable::matmul(rows, torch::stable::transpose(plain, 0, 1));
+  const std::array<int64_t, 2> sizes = {gemm.m, gemm.n};
+  return with_memory(sizes, x.scalar_type(), place_of(x, "x"),
+                     [&] { return torch::stable::matmul(rows, torch::stable::transpose(plain, 0, 1)); });
 }
 
 PreparedQuantized prepare_quantized(const char* op, PanelGemmArgs& gemm, const Tensor& x, const CudaScope& scope) {
@@ -127,7 +130,9 @@ uint32_t* zeroed_counters(const Tensor& like, const CudaScope& scope, int64_t co
     return static_cast<uint32_t*>(found->second.mutable_data_ptr());
   }
   constexpr int64_t kLeast = 4096;
-  const Tensor counters = torch::stable::new_zeros(like, {count < kLeast ? kLeast : count}, ScalarType::Int);
+  const std::array<int64_t, 1> sizes = {count < kLeast ? kLeast : count};
+  const Tensor counters = with_memory(sizes, ScalarType::Int, place_of(like, "x"),
+                                      [&] { return torch::stable::new_zeros(like, sizes, ScalarType::Int); });
   known.insert_or_assign(key, counters);
   return static_cast<uint32_t*>(counters.mutable_data_ptr());
 }

@@ -106,7 +106,43 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
   fail(name, " has shape ", shape_of(t), "; expected ", meaning, " = [", text, "]");
 }
 
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// What `make` gives, a call of torch that needs memory for a tensor of these sizes. Torch's stable interface says of a
+// failure only that there was one: then this throws, and says how much was asked for. alula/memory.py asks again, and
+// so finds out what torch's own error is.
+template <typename Make>
+Tensor with_memory(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, Place place, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    const int64_t size = dtype == ScalarType::Double || dtype == ScalarType::Long     ? 8
+                         : dtype == ScalarType::Float || dtype == ScalarType::Int     ? 4
+                         : dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ? 2
+                                                                                      : 1;
+    int64_t bytes = size;
+    for (const int64_t n : sizes) {
+      if (__builtin_mul_overflow(bytes, n, &bytes)) throw;
+    }
+    fail("there is no memory for ", bytes, " bytes on ", place.is_cuda() ? "cuda:" + std::to_string(place.gpu) : "cpu",
+         ", or torch cannot use it: it says why on standard error");
+  }
+}
+
+inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, Place place) {
+  return with_memory(sizes, dtype, place, [&] {
+    if (!place.is_cuda()) [[likely]]
+      return torch::stable::empty(sizes, dtype);
+    const torch::stable::Device device(torch::headeronly::DeviceType::CUDA,
+                                       static_cast<torch::stable::accelerator::DeviceIndex>(place.gpu));
+    return torch::stable::empty(sizes, dtype, std::nullopt, device);
+  });
+}
+
+inline Tensor as_contiguous(const Tensor& t) {
+  if (t.is_contiguous()) [[likely]]
+    return t;
+  const Place place = {t.is_cuda() ? t.get_device_index() : -1};
+  return with_memory(t.sizes(), t.scalar_type(), place, [&] { return torch::stable::contiguous(t); });
+}
 
 inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }
 
@@ -122,14 +158,6 @@ inline OptionalTensor feature_vector(const OptionalTensor& t, const char* name, 
   return as_contiguous(t);
 }
 
-inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, Place place) {
-  if (!place.is_cuda()) [[likely]]
-    return torch::stable::empty(sizes, dtype);
-  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA,
-                                     static_cast<torch::stable::accelerator::DeviceIndex>(place.gpu));
-  return torch::stable::empty(sizes, dtype, std::nullopt, device);
-}
-
 // For a result that may be larger than the caches (cpu/large.h).
 inline Tensor new_large_tensor(const std::vector<int64_t>& sizes, ScalarType dtype, Place place = {}) {
   Tensor t = new_tensor(sizes, dtype, place);
@@ -140,7 +168,7 @@ inline Tensor new_large_tensor(const std::vector<int64_t>& sizes, ScalarType dty
 }
 
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype);
+  return new_tensor(torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype, Place());
 }
 
 }  // namespace alula

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from alula import _library  # noqa: F401  (loads the op library)
+from alula.memory import raises_torch_errors
 
 __all__ = ["ACTIVATION_MODES", "FORMATS", "PackedWeight", "format_code", "pack", "refuse_grad"]
 
@@ -93,6 +94,7 @@ class PackedWeight(NamedTuple):
             raise ValueError("a dense weight is multiplied with full activations; pack it with another format first")
         return self._replace(code=format_code(self.format, self.group_size, activations))
 
+    @raises_torch_errors
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [N, K]: dense, as it was packed, bit for bit; quantized, dequantized and rounded to ``dtype``
         (that of the weight it was made from)."""
@@ -114,6 +116,7 @@ def refuse_grad(*tensors: Tensor | None) -> None:
                 )
 
 
+@raises_torch_errors
 def pack(
     weight: Tensor, format: str = "dense", group_size: int | None = None, *, activations: str = "int8"
 ) -> PackedWeight:

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from alula.cache import KVCache
 from alula.config import PretrainedConfig, parse_dtype, without_downloading
 from alula.devices import checked_device
+from alula.memory import raises_torch_errors
 from alula.models.heads import LMHead
 from alula.models.layers import DENSE, Embedding, Linear, Module, PositionTable
 from alula.models.quantizing import Quantizable, refuse_rounded_activations
@@ -52,6 +53,12 @@ class PreTrainedModel(Quantizable, Module):
     base_model_prefix: ClassVar[str] = "transformer"
     ignored_tensors: ClassVar[re.Pattern[str]] = re.compile(r"(?!)")
     optional_weights: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("forward", "decode_step"):
+            if name in cls.__dict__:
+                setattr(cls, name, raises_torch_errors(cls.__dict__[name]))
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()

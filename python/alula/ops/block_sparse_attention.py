@@ -9,10 +9,12 @@ from torch import Tensor
 
 from alula import _library  # noqa: F401  (loads the op library)
 from alula.block_plan import BlockPlan, batch_plans
+from alula.memory import raises_torch_errors
 from alula.ops.arguments import same_device
 from alula.packed_weight import refuse_grad
 
 
+@raises_torch_errors
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,

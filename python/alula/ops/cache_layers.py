@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from alula import _library  # noqa: F401  (loads the op library)
+from alula.memory import raises_torch_errors
 
 
+@raises_torch_errors
 def cache_layers(like: Tensor, count: int, sizes: Sequence[int]) -> list[Tensor]:
     """Uninitialized tensors, one a layer, on the CPU side by side in large pages.
 

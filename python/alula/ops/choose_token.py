@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from alula import _library  # noqa: F401  (loads the op library)
+from alula.memory import raises_torch_errors
 from alula.ops.arguments import same_device
 from alula.packed_weight import refuse_grad
 
@@ -33,6 +34,7 @@ class RowState(NamedTuple):
     seen: Tensor
 
 
+@raises_torch_errors
 def choose_token(
     scores: Tensor,
     state: RowState,

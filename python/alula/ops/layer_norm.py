@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from alula import _library  # noqa: F401  (loads the op library)
+from alula.memory import raises_torch_errors
 from alula.ops.arguments import same_device
 from alula.packed_weight import refuse_grad
 
 
+@raises_torch_errors
 def layer_norm(
     x: Tensor,
     weight: Tensor,

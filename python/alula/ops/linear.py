@@ -7,10 +7,12 @@ from torch import Tensor
 
 from alula import _library  # noqa: F401  (loads the op library)
 from alula.activations import activation_code
+from alula.memory import raises_torch_errors
 from alula.ops.arguments import refuse_width, same_device
 from alula.packed_weight import PackedWeight, refuse_grad
 
 
+@raises_torch_errors
 def linear(
     x: Tensor,
     weight: PackedWeight,

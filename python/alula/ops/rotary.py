@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from alula import _library  # noqa: F401  (loads the op library)
+from alula.memory import raises_torch_errors
 from alula.ops.arguments import same_device
 from alula.packed_weight import refuse_grad
 
@@ -22,6 +23,7 @@ def rotary_table(num_positions: int, rotary_dim: int, base: float = 10000.0, *, 
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+@raises_torch_errors
 def rotary(
     q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, interleaved: bool = True, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:

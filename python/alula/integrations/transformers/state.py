@@ -20,6 +20,7 @@ from alula.integrations.transformers import versions
 from alula.integrations.transformers.cache import FixedLayer, GrowingLayer, adopt, decoder_cache
 from alula.integrations.transformers.families import Family, NotReplaceable
 from alula.integrations.transformers.packing import PackedStack
+from alula.memory import raises_torch_errors
 
 __all__ = [
     "StackState",
@@ -207,7 +208,7 @@ def _make_forward(cls_forward: Any) -> Any:
             kwargs.update(zip(names, args, strict=False))
         return self._alula.call(self, kwargs)
 
-    return forward
+    return raises_torch_errors(forward)
 
 
 def forward_is_ours(module: nn.Module) -> bool:
