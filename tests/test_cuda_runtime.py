@@ -71,11 +71,18 @@ def test_a_launch_that_fails_names_the_kernel(played: Callable[..., str]) -> Non
     assert played("kernel fails", ALULA_SYNC="1") == error
 
 
+def test_a_kernel_runs_on_the_callers_stream_with_its_grid(played: Callable[..., str]) -> None:
+    launched = "5 4 3, 96 1 1, 1000 bytes, 1, "
+    assert played("where and how much") == launched + "waited 0 0"
+    assert played("where and how much", ALULA_SYNC="1") == launched + "waited 1 1"
+
+
 def test_what_a_gpu_cannot_launch(played: Callable[..., str]) -> None:
     assert played("much shared memory") == (
         "error: some_kernel needs 102400 bytes of shared memory a block; this GPU has 101376"
     )
     assert played("nothing to do") == "0"
+    assert "some_kernel: a grid of 1 x 65536 x 1 blocks is more than CUDA takes" in played("many blocks")
 
 
 def test_wrong_ids_are_told_once(played: Callable[..., str]) -> None:

@@ -3,8 +3,11 @@ build without CUDA, no memory. With tensors that only say so (forged_gpu.py); te
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from forged_gpu import forged, memory_of_the_gpu
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA does not take forged tensors")
+ROOT = Path(__file__).resolve().parent.parent
 alula = torch.ops.alula
 
 
@@ -195,6 +199,23 @@ def test_right_operands_come_as_far_as_the_gpu(op: str) -> None:
         assert "the tensors are on a GPU" in str(caught.value)
     else:
         assert "device_guard" in str(caught.value)
+
+
+def test_a_build_without_cuda_says_so_and_why(tmp_path: Path) -> None:
+    """csrc/core/cuda.cpp as such a build has it, whatever this one has."""
+    library, folder = tmp_path / "without_cuda.so", Path(torch.__file__).parent
+    sources = [ROOT / "tests" / "cuda_runtime" / "without_cuda.cpp", ROOT / "csrc" / "core" / "cuda.cpp"]
+    flags = ["-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffunction-sections", "-Wl,--gc-sections"]
+    includes = [f"-I{ROOT / 'csrc'}", f"-isystem{folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    names = ["-DALULA_WITH_CUDA=0", '-DALULA_CUDA_ARCHS=""', '-DALULA_CUDA_REASON="for such a reason"']
+    command = [os.environ.get("CXX", "c++"), *flags, *includes, *names, *map(str, sources), f"-L{folder / 'lib'}"]
+    done = subprocess.run(
+        [*command, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.ops.load_library(str(library))
+    with pytest.raises(RuntimeError, match=r"this build of alula has no CUDA kernels \(for such a reason\), and"):
+        torch.ops.alula_without_cuda.take_stream(forged(torch.zeros(2)))
 
 
 # --- no memory -------------------------------------------------------------------------------------------------------

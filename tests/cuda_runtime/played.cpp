@@ -17,6 +17,8 @@ namespace {
 
 int major = 9, minor = 0;
 int attributes_of_last_launch = -1;
+cudaLaunchConfig_t last_launch = {};
+cudaStream_t last_waited_for = nullptr;
 long streams_waited_for = 0, launches = 0;
 cudaError_t error_of_launch = cudaSuccess, error_of_wait = cudaSuccess;
 cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
@@ -42,13 +44,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
   launches++;
+  last_launch = *config;
   attributes_of_last_launch = static_cast<int>(config->numAttrs);
   return error_of_launch;
 }
 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  last_waited_for = stream;
   streams_waited_for++;
   return error_of_wait;
 }
@@ -113,6 +117,17 @@ void play(const std::string& scenario) {
       launch_some(stream, true);
       std::printf("%d ", attributes_of_last_launch);
     }
+  } else if (scenario == "where and how much") {
+    int here = 0;  // a stream is an address
+    const CudaStream some_stream = {&device, &here};
+    launch("some_kernel", some_kernel, {.blocks = {5, 4, 3}, .threads = 96, .shared_bytes = 1000}, some_stream, 3);
+    const dim3 grid = last_launch.gridDim, block = last_launch.blockDim;
+    std::printf("%u %u %u, %u %u %u, %zu bytes, ", grid.x, grid.y, grid.z, block.x, block.y, block.z,
+                last_launch.dynamicSmemBytes);
+    const auto is_here = [&](cudaStream_t one) { return one == reinterpret_cast<cudaStream_t>(&here); };
+    std::printf("%d, waited %ld %d", is_here(last_launch.stream), streams_waited_for, is_here(last_waited_for));
+  } else if (scenario == "many blocks") {
+    launch("some_kernel", some_kernel, {.blocks = {1, 65536}, .threads = 32}, stream, 3);
   } else if (scenario == "launch fails") {
     error_of_launch = cudaErrorIllegalAddress;
     launch_some(stream);
