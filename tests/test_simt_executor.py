@@ -57,6 +57,7 @@ def test_a_right_kernel_gives_the_right_sums_in_every_order(executor: Executor, 
         (22, r"is written while an asynchronous copy into it is under way"),
         (23, r"counted before what thread 0 wrote is sure to be there"),
         (24, r"counted before what thread 1 wrote is sure to be there"),
+        (25, r"__shfl_xor_sync at faults.cu:\d+ by lane 16, which its mask leaves out|reads lane \d+, which does not"),
     ],
 )
 def test_a_planted_mistake_is_reported(executor: Executor, mistake: int, report: str, order: str) -> None:

@@ -34,6 +34,7 @@ enum class Mistake : int {
   kCopyUnderCopy,       // a second copy to the same place before the first is waited for
   kNoFence,             // the block counts itself and its result may not be there yet
   kNoFenceOfOthers,     // the same, but for the result of the thread that counts
+  kOutsideMask,         // lanes at a shuffle whose mask leaves them out
 };
 
 // y[i] = sum of the `blockDim.x` values of x's block i, each thread bringing one. In a roundabout way, with room for
@@ -89,6 +90,8 @@ __global__ void sum_kernel(const float* x, float* y, int* counter, unsigned* blo
     } else {
       value += __shfl_xor_sync(kWholeWarp, value, 16);
     }
+  } else if (kMistake == Mistake::kOutsideMask) {
+    value += __shfl_xor_sync(0xffffu, value, 16);
   } else if (kMistake == Mistake::kShuffleFromOutside) {
     if (lane < 16) value += __shfl_sync(0xffffu, value, 20);
   } else {
@@ -136,7 +139,7 @@ void run_any(const simt::Request& request) {
   if constexpr (kFirst < kLast) run_any<kFirst + 1, kLast>(request);
 }
 
-const simt::Registration kSum("sum", run_any<0, static_cast<int>(Mistake::kNoFenceOfOthers)>);
+const simt::Registration kSum("sum", run_any<0, static_cast<int>(Mistake::kOutsideMask)>);
 
 // --- what the tensor cores are said to do ----------------------------------------------------------------------------
 
