@@ -374,7 +374,7 @@ def _merge(dim: int, layers: Sequence[Linear]) -> PackedWeight:
     with torch.inference_mode(False), torch.no_grad():
         merged = layers[0].format.pack(torch.cat([part.unpack() for part in parts], dim))
     if isinstance(merged.data, FakeTensor):
-        raise RuntimeError("the first pass merges weights, which one under fake tensors cannot: run the model once before")
+        raise RuntimeError("the first pass merges weights, which fake tensors do not let it: run the model before")
     share_merged(merged, dim, layers)
     return merged
 
