@@ -147,6 +147,48 @@ def test_a_lost_gpu_ends_the_tests_and_those_behind_are_found(tmp_path: Path) ->
     assert "1 failed, 1 passed" in rest, "of the two behind it"
 
 
+SANITIZER = """#!/bin/sh
+case "$*" in
+  */planted*) {planted} ;;
+  *) echo 'every kernel has run' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "planted, expected",
+    [
+        ("echo 'Invalid __global__ write of size 4. Race reported'; exit 7", [True, True]),
+        ("echo 'ERROR SUMMARY: 0 errors'", [False, False]),
+        ("echo 'Invalid __global__ write of size 4'; exit 7", [True, False]),
+        ("echo 'the device is not supported'; exit 7", [False, False]),
+    ],
+)
+def test_compute_sanitizer_must_find_what_is_planted(
+    planted: str, expected: list[bool], prove: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = SANITIZER.format(planted=planted)
+    for name, script in (("compute-sanitizer", text), ("nvcc", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    proof = prove.Proof(100.0)
+    prove.sanitize(proof, 10.0)
+    ok = {step["step"]: step["ok"] for step in proof.steps}
+    assert [ok[f"{kind} finds its planted fault"] for kind in ("memcheck", "racecheck")] == expected
+    assert ok["racecheck over every kernel"]
+    late = prove.Proof(100.0)
+    prove.sanitize(late, 99.0)
+    assert not late.steps[-1]["ok"], "no time but what is reserved"
+
+
+def test_compute_sanitizer_that_is_missing_is_no_success(prove: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove.shutil, "which", lambda *args, **options: None)
+    proof = prove.Proof(100.0)
+    prove.sanitize(proof, 0.0)
+    assert [step["ok"] for step in proof.steps] == [False]
+
+
 @pytest.mark.parametrize("hears", [True, False])
 def test_a_step_out_of_time_is_asked_for_what_it_knows(
     hears: bool, prove: ModuleType, monkeypatch: pytest.MonkeyPatch
