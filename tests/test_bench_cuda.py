@@ -112,6 +112,9 @@ def test_tests_go_on_behind_one_that_the_gpu_did_not_survive(
     proof = prove.Proof(60, out, {"gpu": "some"})
     prove.tests(proof, is_dry=False)
     assert "--after" not in commands[0]
+    files = [Path(argument).name for argument in commands[0] if argument.endswith(".py")]
+    assert files[:2] == ["test_models.py", "test_ops.py"]
+    assert set(files) == {file.name for file in (ROOT / "tests" / "gpu").glob("test_*.py")}
     assert commands[1][-2:] == ["--after", "tests/gpu/test_ops.py::test_b[1-fp32]"]
     assert json.loads(out.read_text()) == {"gpu": "some", "tests": {"failed": 1, "passed": 6}, "steps": []}
 

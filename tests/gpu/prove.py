@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CASES = Path(__file__).with_name("sanitizer_cases.py")
 PLANTED = Path(__file__).with_name("planted.cu")
 STEPS = ("tests", "sanitizer", "ops", "models")
+TESTED_FIRST = ("test_models.py", "test_ops.py")  # where the time ends early, the others are missing
 MOST_LOST = 5  # processes for the tests: one more for each time that the GPU is lost
 FOR_BENCHMARKS = 150.0  # seconds that compute-sanitizer leaves to them
 GRACE = 10.0  # seconds to say what is known, once the time is over
@@ -131,8 +132,9 @@ def sanitize(proof: Proof, reserved: float) -> None:
 def tests(proof: Proof, is_dry: bool) -> None:
     """pytest; again for the tests behind one that the GPU did not survive (tests/gpu/conftest.py). A test that hangs
     says where after 60 s."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
-    command += ["-o", "faulthandler_timeout=60"]
+    files = sorted(CASES.parent.glob("test_*.py"), key=lambda file: (file.name not in TESTED_FIRST, file.name))
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["-o", "faulthandler_timeout=60", *(str(file.relative_to(ROOT)) for file in files)]
     counts: dict[str, int] = {}
     end, after = time.monotonic() + 180, []
     for _ in range(MOST_LOST):
