@@ -106,6 +106,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 // --- numbers -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -199,6 +200,22 @@ __device__ __forceinline__ void load_once(uint32_t (&r)[4], const void* from) {
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "l"(from));
+}
+
+// 4, 8 or 16 bytes of global memory, aligned, by one instruction: an assignment beside a branch may become one of each
+// value (seen in machine code).
+template <int N>
+__device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[N]) {
+  static_assert(N == 1 || N == 2 || N == 4, "what one instruction stores");
+  if constexpr (N == 1) {
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(words[0]) : "memory");
+  } else if constexpr (N == 2) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+  } else {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+  }
 }
 
 // --- the kernels before and after in the stream (sm_90: programmatic dependent launch) -------------------------------

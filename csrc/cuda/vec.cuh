@@ -46,16 +46,25 @@ __device__ __forceinline__ void widen(float (&x)[N], const Words<T, N>& from) {
   }
 }
 
-// fp32 to two instructions of 16 bytes where N is 8.
+// To global memory; fp32 by two instructions of 16 bytes where N is 8.
 template <int N, typename T>
 __device__ __forceinline__ void store_pack(T* to, const float (&x)[N]) {
   constexpr int kAtOnce = N < kPackSize<T> ? N : kPackSize<T>;
+  if constexpr (N * sizeof(T) < 4) {
+    to[0] = from_float<T>(x[0]);
+  } else {
 #pragma unroll
-  for (int first = 0; first < N; first += kAtOnce) {
-    Pack<T, kAtOnce> pack;
+    for (int first = 0; first < N; first += kAtOnce) {
+      uint32_t words[kAtOnce * static_cast<int>(sizeof(T)) / 4];
+      if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i++) pack.values[i] = from_float<T>(x[first + i]);
-    *reinterpret_cast<Pack<T, kAtOnce>*>(to + first) = pack;
+        for (int i = 0; i < kAtOnce; i += 2) words[i / 2] = pair_of<T>(x[first + i], x[first + i + 1]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) words[i] = bits_of_float(x[first + i]);
+      }
+      store_words(to + first, words);
+    }
   }
 }
 

@@ -74,50 +74,94 @@ __device__ __forceinline__ Row row_at(const Params& p, int64_t row) {
   return r;
 }
 
-__device__ __forceinline__ float masked(const Params& p, int64_t at, float v) {
-  switch (p.mask_kind) {
-    case MaskKind::kNone:
-      return v;
-    case MaskKind::kBool:
-      return static_cast<const uint8_t*>(p.mask)[at] ? v : -INFINITY;
-    case MaskKind::kFloat32:
-      return v + static_cast<const float*>(p.mask)[at];
-    case MaskKind::kBFloat16:
-      return v + to_float(static_cast<const bf16*>(p.mask)[at]);
-    case MaskKind::kFloat16:
-      return v + to_float(static_cast<const f16*>(p.mask)[at]);
-  }
-  return v;
+__device__ __forceinline__ float masked(float v, uint8_t is_visible) { return is_visible ? v : -INFINITY; }
+template <typename M>
+__device__ __forceinline__ float masked(float v, M added) {
+  return v + to_float(added);
 }
 
-// v of pack `index` of the row; -inf where there is nothing to see.
-template <typename T, int N>
-__device__ __forceinline__ void load_values(const Params& p, const Row& row, int index, float (&v)[N]) {
-  const T* scores = static_cast<const T*>(p.scores) + row.first;
-  const int column = index * N - row.shift;
-  if (p.is_aligned && column >= 0 && column + N <= row.visible) {
-    load_pack(v, scores + column);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      v[i] = column + i >= 0 && column + i < row.visible ? to_float(scores[column + i]) : -INFINITY;
-    }
-  }
-  if (!p.scales_last) {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      // Not -inf times a scale that may be negative or zero.
-      if (column + i >= 0 && column + i < row.visible) v[i] *= p.scale;
-    }
-  }
-  if (p.mask_kind == MaskKind::kNone) return;
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    if (column + i >= 0 && column + i < row.visible) {
-      v[i] = masked(p, row.mask_first + (column + i) * p.mask_key_stride, v[i]);
-    }
+// Calls with_mask(first element of the mask for the row), typed.
+template <typename WithMask>
+__device__ __forceinline__ void with_mask_of(const Params& p, const Row& row, const WithMask& with_mask) {
+  switch (p.mask_kind) {
+    case MaskKind::kNone:
+      return;
+    case MaskKind::kBool:
+      return with_mask(static_cast<const uint8_t*>(p.mask) + row.mask_first);
+    case MaskKind::kFloat32:
+      return with_mask(static_cast<const float*>(p.mask) + row.mask_first);
+    case MaskKind::kBFloat16:
+      return with_mask(static_cast<const bf16*>(p.mask) + row.mask_first);
+    case MaskKind::kFloat16:
+      return with_mask(static_cast<const f16*>(p.mask) + row.mask_first);
   }
 }
+
+// Some packs of a row, `stride` packs apart, first as they lie in memory: what is whole is under way together. Then as
+// v, which is -inf where there is nothing to see.
+template <typename T, int kPacks>
+struct RowPacks {
+  static constexpr int N = kPackSize<T>;
+  Words<T, N> raw[kPacks];
+  float v[kPacks][N];
+
+  static __device__ __forceinline__ bool is_whole(const Params& p, const Row& row, int column) {
+    return p.is_aligned && column >= 0 && column + N <= row.visible;
+  }
+
+  template <bool kHasMask>
+  __device__ __forceinline__ void load(const Params& p, const Row& row, int index, int stride) {
+    const T* scores = static_cast<const T*>(p.scores) + row.first;
+#pragma unroll
+    for (int i = 0; i < kPacks; i++) {
+      const int column = (index + i * stride) * N - row.shift;
+      raw[i] = {};
+      if (is_whole(p, row, column)) raw[i] = *reinterpret_cast<const Words<T, N>*>(scores + column);
+    }
+    const float scale = p.scales_last ? 1.0f : p.scale;
+#pragma unroll
+    for (int i = 0; i < kPacks; i++) {
+      const int column = (index + i * stride) * N - row.shift;
+      if (is_whole(p, row, column)) {
+        widen(v[i], raw[i]);
+        if (kHasMask || !p.scales_last) {
+#pragma unroll
+          for (int j = 0; j < N; j++) v[i][j] *= scale;
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+          const bool is_there = column + j >= 0 && column + j < row.visible;
+          v[i][j] = is_there ? to_float(scores[column + j]) * scale : -INFINITY;
+        }
+      }
+    }
+    if constexpr (kHasMask) {
+      with_mask_of(p, row, [&](auto* mask) {
+#pragma unroll
+        for (int i = 0; i < kPacks; i++) add_mask(p, row, mask, (index + i * stride) * N - row.shift, v[i]);
+      });
+    }
+  }
+
+  template <typename M>
+  static __device__ __forceinline__ void add_mask(const Params& p, const Row& row, const M* mask, int column,
+                                                  float (&v)[N]) {
+    constexpr int kBytes = N * static_cast<int>(sizeof(M));
+    const bool is_even = p.mask_key_stride == 1 && reinterpret_cast<uintptr_t>(mask + column) % kBytes == 0;
+    if (is_even && is_whole(p, row, column)) {
+      const Pack<M, N> pack = *reinterpret_cast<const Pack<M, N>*>(mask + column);
+#pragma unroll
+      for (int j = 0; j < N; j++) v[j] = masked(v[j], pack.values[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        if (column + j < 0 || column + j >= row.visible) continue;
+        v[j] = masked(v[j], mask[(column + j) * p.mask_key_stride]);
+      }
+    }
+  }
+};
 
 template <typename Out, int N>
 __device__ __forceinline__ void store_values(const Params& p, const Row& row, int index, const float (&y)[N]) {
@@ -155,7 +199,7 @@ __device__ __forceinline__ float base_of(float maximum) { return maximum == -INF
 __device__ __forceinline__ float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
 // kThreads threads own a row and hold it: kPacksHeld packs each.
-template <typename T, typename Out, int kThreads>
+template <typename T, typename Out, int kThreads, bool kHasMask>
 __global__ void __launch_bounds__(kThreads == kWarpSize ? kWarpSize * kWarpsOfRows : kThreads)
     softmax_held_kernel(Params p) {
   constexpr int N = kPackSize<T>;
@@ -173,11 +217,12 @@ __global__ void __launch_bounds__(kThreads == kWarpSize ? kWarpSize * kWarpsOfRo
     }
   };
 
-  float v[kPacksHeld][N];
+  RowPacks<T, kPacksHeld> packs;
+  packs.template load<kHasMask>(p, row, thread, kThreads);
+  auto& v = packs.v;
   float maximum = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kPacksHeld; i++) {
-    load_values<T>(p, row, i * kThreads + thread, v[i]);
 #pragma unroll
     for (int j = 0; j < N; j++) maximum = fmaxf(maximum, v[i][j]);
   }
@@ -202,7 +247,7 @@ __global__ void __launch_bounds__(kThreads == kWarpSize ? kWarpSize * kWarpsOfRo
 }
 
 // A block owns a row and reads it twice.
-template <typename T, typename Out>
+template <typename T, typename Out, bool kHasMask>
 __global__ void __launch_bounds__(kLongRowThreads) softmax_long_kernel(Params p) {
   constexpr int N = kPackSize<T>;
   const Shared<float> scratch = dynamic_shared<float>();
@@ -213,8 +258,9 @@ __global__ void __launch_bounds__(kLongRowThreads) softmax_long_kernel(Params p)
   // Each thread's own maximum and, relative to it, sum (Milakov and Gimelshein 2018).
   float maximum = -INFINITY, sum = 0.0f;
   for (int i = static_cast<int>(threadIdx.x); i < packs; i += kLongRowThreads) {
-    float v[N];
-    load_values<T>(p, row, i, v);
+    RowPacks<T, 1> pack;
+    pack.template load<kHasMask>(p, row, i, 0);
+    const auto& v = pack.v[0];
     float larger = maximum;
 #pragma unroll
     for (int j = 0; j < N; j++) larger = fmaxf(larger, v[j]);
@@ -229,8 +275,9 @@ __global__ void __launch_bounds__(kLongRowThreads) softmax_long_kernel(Params p)
   const float inverse = inverse_of(reduce_block<Sum>(sum, scratch));
 
   for (int i = static_cast<int>(threadIdx.x); i < packs; i += kLongRowThreads) {
-    float v[N];
-    load_values<T>(p, row, i, v);
+    RowPacks<T, 1> pack;
+    pack.template load<kHasMask>(p, row, i, 0);
+    auto& v = pack.v[0];
 #pragma unroll
     for (int j = 0; j < N; j++) v[j] = exponential<Out>(v[j], base, factor) * inverse;
     store_values<Out>(p, row, i, v);
@@ -260,17 +307,17 @@ void set_mask(Params& p, const ScaledMaskedSoftmaxArgs& args) {
   }
 }
 
-template <typename T, typename Out>
+template <typename T, typename Out, bool kHasMask>
 void softmax_as(const Params& p, const CudaStream& stream) {
   const int packs = (p.keys + kPackSize<T> - 1) / kPackSize<T> + 1;  // a shifted row has one more
   if (packs <= kWarpSize * kPacksHeld) {
-    launch("softmax_held_kernel (a warp a row)", softmax_held_kernel<T, Out, kWarpSize>,
+    launch("softmax_held_kernel (a warp a row)", softmax_held_kernel<T, Out, kWarpSize, kHasMask>,
            {.blocks = {(p.rows + kWarpsOfRows - 1) / kWarpsOfRows}, .threads = kWarpSize * kWarpsOfRows}, stream, p);
   } else if (packs <= kRowThreads * kPacksHeld) {
-    launch("softmax_held_kernel (a block a row)", softmax_held_kernel<T, Out, kRowThreads>,
+    launch("softmax_held_kernel (a block a row)", softmax_held_kernel<T, Out, kRowThreads, kHasMask>,
            {.blocks = {p.rows}, .threads = kRowThreads, .shared_bytes = kRowThreads / kWarpSize * 4}, stream, p);
   } else {
-    launch("softmax_long_kernel", softmax_long_kernel<T, Out>,
+    launch("softmax_long_kernel", softmax_long_kernel<T, Out, kHasMask>,
            {.blocks = {p.rows}, .threads = kLongRowThreads, .shared_bytes = kLongRowThreads / kWarpSize * 4}, stream,
            p);
   }
@@ -293,8 +340,11 @@ void scaled_masked_softmax_cuda(const ScaledMaskedSoftmaxArgs& args, int64_t row
   p.is_aligned = is_aligned_16(args.scores) && is_aligned_16(args.out);
   set_mask(p, args);
   dispatch_dtype(args.dtype, [&](auto in) {
-    dispatch_dtype(args.out_dtype,
-                   [&](auto out) { softmax_as<typename decltype(in)::Type, typename decltype(out)::Type>(p, stream); });
+    dispatch_dtype(args.out_dtype, [&](auto out) {
+      using T = typename decltype(in)::Type;
+      using Out = typename decltype(out)::Type;
+      p.mask_kind == MaskKind::kNone ? softmax_as<T, Out, false>(p, stream) : softmax_as<T, Out, true>(p, stream);
+    });
   });
 }
 

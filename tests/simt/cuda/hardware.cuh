@@ -213,6 +213,7 @@ void copy_async_wait() {
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
 inline float float_of_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t bits_of_float(float x) { return std::bit_cast<uint32_t>(x); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
@@ -414,6 +415,12 @@ inline void load_once(uint32_t (&r)[4], const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) simt::fault("16-byte load from a misaligned address");
   const auto* words = static_cast<const uint32_t*>(from);
   for (int i = 0; i < 4; i++) r[i] = words[i];
+}
+
+template <int N>
+inline void store_words(void* to, const uint32_t (&words)[N]) {
+  if (reinterpret_cast<uintptr_t>(to) % (4 * N) != 0) simt::fault("a store of several words to a misaligned address");
+  for (int i = 0; i < N; i++) static_cast<uint32_t*>(to)[i] = words[i];
 }
 
 // Counted per launch: see launch.h.
