@@ -67,4 +67,30 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
   }
 }
 
+// Each of several values, the question which activation it is asked once.
+template <int N>
+__device__ __forceinline__ void activate_all(Activation activation, float (&x)[N]) {
+  const auto all = [&](auto known) {
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = activate(known(), x[i]);
+  };
+  switch (activation) {
+    case Activation::kNone:
+      return;
+    case Activation::kGeluTanh:
+      return all([] { return Activation::kGeluTanh; });
+    case Activation::kGelu:
+      return all([] { return Activation::kGelu; });
+    case Activation::kRelu:
+      return all([] { return Activation::kRelu; });
+    case Activation::kSilu:
+      return all([] { return Activation::kSilu; });
+    case Activation::kTanh:
+      return all([] { return Activation::kTanh; });
+    default:
+#pragma unroll
+      for (int i = 0; i < N; i++) x[i] = activate_rarely(activation, x[i]);
+  }
+}
+
 }  // namespace alula

@@ -10,7 +10,8 @@
 // fp32 has no tensor-core product that keeps its digits: each lane multiplies its 4 neighbours of K with every row of
 // X.
 //
-// The epilogue is called by the block's first threads with two neighbouring features of one row, in fp32.
+// The epilogue is called by the block's first threads with two neighbouring features of one row, in fp32; of a
+// library's product, with packs of 16 bytes where everything lies even.
 #pragma once
 
 #include <type_traits>
@@ -345,26 +346,27 @@ __global__ void __launch_bounds__(FewRows::kThreads, 1) few_rows_kernel(FewRowsP
       pair[i] += sums[(other * kMaxFewRows + row) * kFeatures + feature % kFeatures + i];
     }
   }
-  epilogue(row, feature, pair[0], pair[1]);
+  epilogue(row, feature, pair);
 }
 
-// The epilogue alone, of a product [M, N] that a library made.
-template <typename T, typename Epilogue>
-__global__ void __launch_bounds__(256) epilogue_kernel(const T* product, int64_t num_pairs, int n, Epilogue epilogue) {
+// The epilogue alone, of a product [M, N] that a library made: kPack neighbouring features a thread.
+template <typename T, int kPack, typename Epilogue>
+__global__ void __launch_bounds__(256) epilogue_kernel(const T* product, int64_t num_packs, int n, Epilogue epilogue) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
-  if (index >= num_pairs) return;
-  const int pairs = (n + 1) / 2;
-  const int64_t row = index / pairs;
-  const int feature = static_cast<int>(index % pairs) * 2;
+  if (index >= num_packs) return;
+  const auto packs = static_cast<unsigned>((n + kPack - 1) / kPack);
+  // A division of 64 bits takes longer than all the rest.
+  const int64_t row = num_packs <= 0xffffffff ? static_cast<unsigned>(index) / packs : index / packs;
+  const int feature = static_cast<int>(index - row * packs) * kPack;
   const T* from = product + row * n + feature;
-  float pair[2] = {0.0f, 0.0f};
-  if (n % 2 == 0) {
-    load_pack(pair, from);
+  float values[kPack] = {};
+  if (kPack > 2 || n % 2 == 0) {
+    load_pack(values, from);
   } else {
-    pair[0] = to_float(from[0]);
-    if (feature + 1 < n) pair[1] = to_float(from[1]);
+    values[0] = to_float(from[0]);
+    if (feature + 1 < n) values[1] = to_float(from[1]);
   }
-  epilogue(row, feature, pair[0], pair[1]);
+  epilogue(row, feature, values);
 }
 
 template <typename T, typename Epilogue>
@@ -395,9 +397,14 @@ void launch_few_rows(const char* name, const FewRowsParams& p, const Epilogue& e
 template <typename T, typename Epilogue>
 void launch_epilogue(const char* name, const void* product, int64_t m, int64_t n, const Epilogue& epilogue,
                      const CudaStream& stream) {
-  const int64_t pairs = m * ((n + 1) / 2);
-  launch(name, epilogue_kernel<T, Epilogue>, {.blocks = {(pairs + 255) / 256}, .threads = 256}, stream,
-         static_cast<const T*>(product), pairs, static_cast<int>(n), epilogue);
+  const auto launch_as = [&](auto pack) {
+    constexpr int kPack = decltype(pack)::value;
+    const int64_t packs = m * ((n + kPack - 1) / kPack);
+    launch(name, epilogue_kernel<T, kPack, Epilogue>, {.blocks = {(packs + 255) / 256}, .threads = 256}, stream,
+           static_cast<const T*>(product), packs, static_cast<int>(n), epilogue);
+  };
+  if (epilogue.takes_packs() && is_aligned_16(product)) return launch_as(std::integral_constant<int, kPackSize<T>>{});
+  launch_as(std::integral_constant<int, 2>{});
 }
 
 }  // namespace alula

@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(FewRows::kThreads, sizeof(T) == 2 && kTiles ==
       pair[1] += from[1];
     }
   }
-  if (is_there) epilogue(row, feature, pair[0], pair[1]);
+  if (is_there) epilogue(row, feature, pair);
 }
 
 template <typename T, Codes kCodes, typename Epilogue>

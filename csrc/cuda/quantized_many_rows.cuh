@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) quantized_many_rows_kernel(Qua
       const auto* scales = reinterpret_cast<const float*>(p.weight + at);
       pair[0] *= scales[0], pair[1] *= scales[1];
     }
-    epilogue(first_row + row, feature, pair[0], pair[1]);
+    epilogue(first_row + row, feature, pair);
   }
 }
 

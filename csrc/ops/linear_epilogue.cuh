@@ -1,4 +1,4 @@
-// What follows the product of linear on CUDA: bias, activation and residual, two neighbouring features at a time.
+// What follows the product of linear on CUDA: bias, activation and residual, of some neighbouring features at a time.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -15,22 +15,37 @@ struct LinearEpilogue {
   int n;
   Activation activation;
 
-  __device__ __forceinline__ float one(int64_t at, int feature, float y) const {
-    if (bias != nullptr) y += to_float(bias[feature]);
-    y = activate(activation, y);
-    if (residual != nullptr) y += to_float(residual[at]);
-    return y;
-  }
-
-  __device__ __forceinline__ void operator()(int64_t row, int feature, float y0, float y1) const {
+  // Features [feature, + N) of a row; of two, the second may be one too many.
+  template <int N>
+  __device__ __forceinline__ void operator()(int64_t row, int feature, float (&y)[N]) const {
     const int64_t at = row * n + feature;
-    const float y[2] = {one(at, feature, y0), feature + 1 < n ? one(at + 1, feature + 1, y1) : 0.0f};
-    if (n % 2 == 0) {
+    const int count = N == 2 && feature + 1 == n ? 1 : N;
+    if (bias != nullptr) add<N>(y, bias + feature, count);
+    activate_all(activation, y);
+    if (residual != nullptr) add<N>(y, residual + at, count);
+    if (N > 2 || n % 2 == 0) {
       store_pack(out + at, y);
     } else {
-      out[at] = from_float<T>(y[0]);
-      if (feature + 1 < n) out[at + 1] = from_float<T>(y[1]);
+      for (int i = 0; i < count; i++) out[at + i] = from_float<T>(y[i]);
     }
+  }
+
+  template <int N>
+  static __device__ __forceinline__ void add(float (&y)[N], const T* from, int count) {
+    float x[N] = {};
+    if constexpr (N > 2) {
+      load_pack(x, from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i++) x[i] = i < count ? to_float(from[i]) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) y[i] += x[i];
+  }
+
+  // Whether it may be called with packs of 16 bytes.
+  bool takes_packs() const {
+    return n % kPackSize<T> == 0 && is_aligned_16(bias) && is_aligned_16(residual) && is_aligned_16(out);
   }
 };
 
