@@ -60,7 +60,9 @@ def test_softmax_in_any_order_has_the_same_bits(executor: Executor, order: str, 
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("keys", [37, 1500, 9001])
 def test_softmax_dtype_of_the_result(ops: Ops, keys: int, out: torch.dtype, dtype: torch.dtype) -> None:
-    check_softmax(ops, torch.randn(2, 2, keys).to(dtype), dtype=out, scale=0.5)
+    scores = torch.randn(2, 2, keys).to(dtype)
+    check_softmax(ops, scores, dtype=out, scale=0.5)
+    check_softmax(ops, scores, torch.rand(2, 2, keys) < 0.6, dtype=out, scale=0.5)
 
 
 @pytest.mark.parametrize("mask_shape", [(2, 3, 5, 37), (2, 1, 1, 37), (1, 1, 5, 1), (3, 1, 37), (37,), ()])
@@ -73,6 +75,19 @@ def test_softmax_masks(ops: Ops, mask_shape: tuple[int, ...], kind: str, dtype: 
         mask = mask.to(dtype if kind == "same dtype" else torch.float32)
     for causal in (False, True):
         check_softmax(ops, torch.randn(2, 3, 5, 37).to(dtype), mask, scale=0.7, causal=causal)
+
+
+@pytest.mark.parametrize("keys", [64, 1504, 9008])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
+def test_softmax_masks_read_by_packs(ops: Ops, keys: int, mask_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """Rows of whole packs; the same mask from another place, and two keys apart, gives the same bits."""
+    scores, visible = torch.randn(2, 3, keys).to(dtype), torch.rand(2, 1, keys) < 0.7
+    mask = visible
+    if mask_dtype != torch.bool:
+        mask = torch.randn(visible.shape).masked_fill(~visible, -torch.inf).to(mask_dtype)
+    out = check_softmax(ops, scores, mask, scale=0.7)
+    assert_equal_bits(ops.scaled_masked_softmax(scores, hostile.misaligned(mask), scale=0.7), out)
+    assert_equal_bits(ops.scaled_masked_softmax(scores, mask.repeat_interleave(2, dim=-1)[..., ::2], scale=0.7), out)
 
 
 @pytest.mark.parametrize("keys", [37, 1500, 9001])

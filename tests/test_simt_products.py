@@ -120,8 +120,9 @@ def test_a_bad_row_does_not_reach_the_others(ops: Ops, dtype: torch.dtype) -> No
     assert_equal_bits(dirty, clean)
 
 
-@pytest.mark.parametrize("weight_shape", [(7, 17), (33, 64)], ids=str)
+@pytest.mark.parametrize("weight_shape", [(7, 17), (33, 64), (30, 24), (40, 24), (264, 16)], ids=str)
 def test_epilogue_of_many_rows(ops: Ops, weight_shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """By pairs, and by packs of 16 bytes where the features are whole packs."""
     x, weight = operands(29, *weight_shape, dtype)
     for options in ({}, {"activation": "gelu", **everything(x, weight)}):
         check_linear(ops, x, weight, **options)
@@ -237,7 +238,8 @@ def test_qkv_projection_with_rotary_and_mlp(
 ) -> None:
     shape = (3, 1, head_dim, 40)
     check_qkv(ops, batch, tokens, shape, dtype, rotary_dim=rotary_dim)
-    check_qkv(ops, batch, tokens, shape, dtype, rotary_dim=rotary_dim, mlp_width=33)
+    for mlp_width in (33, 40):
+        check_qkv(ops, batch, tokens, shape, dtype, rotary_dim=rotary_dim, mlp_width=mlp_width)
 
 
 @pytest.mark.parametrize("tokens", [4, 10])
