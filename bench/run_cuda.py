@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `alula bench cuda`."""
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON, after each case")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each case (default %(default)s)")
-    parser.add_argument("--filter", default="", help="only cases and models whose name contains this")
+    parser.add_argument(
+        "--filter", default="", help="only cases and models whose name contains this; starcoder only so"
+    )
     parser.add_argument("--parts", choices=("all", "ops", "models"), default="all", help="(default %(default)s)")
     parser.add_argument("--device", default="cuda", help="of the tensors (default %(default)s); cpu needs --quick")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it works, not how fast it is")

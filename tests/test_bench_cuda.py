@@ -67,6 +67,21 @@ def test_peers_that_fail_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(row["ms"]) == ["alula", "hf eager", "hf sdpa"]
 
 
+@pytest.mark.parametrize("only, large", [("", False), ("B1", False), ("starcoder", True), ("starcoder B1", True)])
+def test_a_model_of_31_gb_is_made_only_where_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, only: str, large: bool
+) -> None:
+    def fail(*args):
+        raise RuntimeError("not made")
+
+    for name in ("_contestants", "_dense"):
+        monkeypatch.setattr(models, name, fail)
+    rows = models.run(Bench(torch.device("cpu"), quick=False), only, LIMITS, float("inf"))
+    names = [row["model"] for row in rows]
+    assert ("starcoder B1 T128 bf16" in names) == large
+    assert ("santacoder B1 T128 bf16" in names) == (not large)
+
+
 @pytest.fixture
 def prove() -> ModuleType:
     spec = importlib.util.spec_from_file_location("prove", ROOT / "tests" / "gpu" / "prove.py")
