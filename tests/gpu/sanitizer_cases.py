@@ -18,6 +18,7 @@ def main() -> None:
 
         for keys in (37, 1500, 9001):
             ops.scaled_masked_softmax(rand(2, 3, keys), torch.rand(3, keys, device="cuda") < 0.5, causal=True)
+            ops.scaled_masked_softmax(rand(2, 3, keys))
         for width in (97, 512, 4104):
             ops.layer_norm(rand(3, width), rand(width), rand(width), residual=rand(3, width))
         positions = torch.arange(6, dtype=torch.int32, device="cuda").repeat(2, 1)
@@ -28,6 +29,7 @@ def main() -> None:
         ops.embedding(torch.randint(0, 77, (2, 6), device="cuda"), weight)
         for rows in (1, 5, 16, 20):
             ops.linear(rand(rows, 130), weight, rand(77), norm_weight=rand(130), activation="gelu")
+        ops.linear(rand(20, 130), ops.pack(rand(80, 130)), rand(80), residual=rand(20, 80))  # epilogue by packs
         for kind in ("int8", "int4", "int4_asymmetric", "nf4"):
             packed = ops.pack(rand(77, 130), kind)
             ops.embedding(torch.randint(0, 77, (2, 6), device="cuda"), packed._replace(value_dtype=dtype))
@@ -47,6 +49,10 @@ def main() -> None:
         for tokens, head_count in ((1, 4), (1, 40), (40, 3)):
             where = torch.arange(260, 260 + tokens, dtype=torch.int32, device="cuda").repeat(2, 1)
             ops.attention(rand(2, tokens, head_count, 24), cache, where, lengths)
+        many = 8 * torch.cuda.get_device_properties("cuda").multi_processor_count + 9
+        where = torch.full((1, many), 60, dtype=torch.int32, device="cuda")
+        for head_dim in (64, 128):  # blocks of 128 rows
+            ops.attention(rand(1, many, 32, head_dim), rand(1, 1, 70, 2 * head_dim), where, lengths[1:] + 60)
         wide = rand(1, 1, 70, 512)
         ops.attention(rand(1, 2, 3, 256), wide, positions[:1, :2], lengths[1:])
         for size, head_dim in ((16, 24), (32, 72), (64, 64), (64, 136), (128, 64)):
@@ -57,6 +63,7 @@ def main() -> None:
             ops.block_sparse_attention(
                 q, k, v, plan, lengths=lengths_of, mask=torch.rand(q.shape[:2], device="cuda") < 0.9
             )
+            ops.block_sparse_attention(q, k, v, plan)
         state = ops.RowState(
             tokens=torch.zeros(3, 1, dtype=torch.int64, device="cuda"),
             running=torch.ones(3, dtype=torch.bool, device="cuda"),

@@ -153,6 +153,20 @@ def test_attention_with_padding_and_masks(dtype: torch.dtype) -> None:
     check_attention(case._replace(kv_cache=hostile.misaligned(case.kv_cache)))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_rows_that_fill_the_gpu(head_dim: int, causal: bool, dtype: torch.dtype) -> None:
+    """Two blocks of 128 rows a multiprocessor and a bit, over few keys; one batch row has padding on the left."""
+    heads, keys = 32, 105
+    tokens = 4 * torch.cuda.get_device_properties("cuda").multi_processor_count + 9
+    case = make(shapes.Attention(2, tokens, 0, heads, 1, head_dim), dtype)
+    positions = case.positions % keys
+    positions[1, :50] = -1
+    cache, lengths = case.kv_cache[:, :, :keys].contiguous(), torch.full_like(case.lengths, keys)
+    out = check_attention(Case(case.q, cache, positions, lengths), causal=causal)
+    assert (out[1, :50] == 0).all()
+
+
 def test_repetition_does_not_change_bits(dtype: torch.dtype) -> None:
     """Which block of a split comes last differs from run to run; the result must not."""
     case = [on_gpu(value) for value in make(shapes.Attention(2, 1, 3000, 16, 1, 128), dtype)]
