@@ -9,8 +9,8 @@
 // format's groups multiply the sums of x, which come from a product with ones. Which block of a split comes last does
 // not matter for the bits: it adds up all of them in the order of K.
 //
-// X comes by way of shared memory, a warp's own part of it: the lanes share out the values of a span, layer norm
-// (cuda/few_rows.cuh) included, and leave them as operands. Codes take so few bytes that instructions for each of them
+// X comes by way of shared memory (cuda/few_rows_x.cuh): the lanes share out the values of a span, layer norm
+// included, and leave them as operands. Codes take so few bytes that instructions for each of them
 // would count.
 //
 // The epilogue is called with two neighbouring features of one row, in fp32.
@@ -83,24 +83,22 @@ struct QuantizedFewRows {
   static_assert(kMaxFewRows * kFeatures / 2 == FewRows::kThreads, "each pair of sums has a thread in the epilogue");
 };
 
-// Shared memory: each warp's X [8 kTiles rows][kStride], the sums in its place at the end, then the moments.
+// Shared memory: each warp's X, the sums in its place at the end, then the moments.
 template <typename T, typename C, int kTiles>
-struct FewRowsMemory {
-  // 64 bytes of padding a row: those lanes that read at once, of two rows, meet all banks.
-  static constexpr int kStride = C::kSpan + 64 / static_cast<int>(sizeof(T));
-  static constexpr int kWarpValues = 8 * kTiles * kStride;
-  static constexpr int kXBytes = FewRows::kWarps * kWarpValues * static_cast<int>(sizeof(T));
-  static constexpr int kMomentsOffset = kXBytes > C::kSumsBytes ? kXBytes : C::kSumsBytes;
+struct QuantizedMemory {
+  using Staged = StagedRows<T, C::kSpan, 8 * kTiles>;
+  static constexpr int kMomentsOffset = Staged::kBytes > C::kSumsBytes ? Staged::kBytes : C::kSumsBytes;
   static constexpr int kIsLastOffset = kMomentsOffset + kMaxFewRows * 2 * 4;
   static constexpr int kBytes = kIsLastOffset + 4;
   static_assert(kBytes <= 99 * 1024, "every GPU since sm_80 can give a block this much");
-
-  // Where four neighbours of K lie in a row. A lane wants those of steps 2 i and 2 i + 1 of 16 k together: side by side
-  // where that makes 16 bytes.
-  static __device__ __forceinline__ int place_of(int quad) {
-    return 4 * (sizeof(T) == 2 ? quad / 8 * 8 + quad % 4 * 2 + quad / 4 % 2 : quad);
-  }
 };
+
+// Where four neighbours of K lie in a row. A lane wants those of steps 2 i and 2 i + 1 of 16 k together: side by side
+// where that makes 16 bytes.
+template <typename T>
+__device__ __forceinline__ int place_of_quad(int quad) {
+  return 4 * (sizeof(T) == 2 ? quad / 8 * 8 + quad % 4 * 2 + quad / 4 % 2 : quad);
+}
 
 // What a lane reads of a span: codes, and of the block numbered t the scales of the features it holds.
 template <typename C>
@@ -180,37 +178,17 @@ __device__ __forceinline__ void add_scaled(float (&sums)[4], const float (&part)
   }
 }
 
-// The warp's rows of X, k [first, first + kSpan), normed, into shared memory; zeros beyond K.
-template <typename M, typename C, typename T>
-__device__ __forceinline__ void stage_x(const FewRowsParams& p, int first, Shared<float> moments, Shared<T> staged) {
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x % kWarpSize); i < p.m * C::kQuads; i += kWarpSize) {
-    const int row = i / C::kQuads, quad = i % C::kQuads, column = first + 4 * quad;
-    float v[4];
-    if (p.norm_weight != nullptr) {
-      load_x<false, true>(v, p, row, column, moments[2 * row], moments[2 * row + 1], TypeTag<T>{});
-    } else {
-      load_x<false, false>(v, p, row, column, 0.0f, 1.0f, TypeTag<T>{});
-    }
-    constexpr bool kIsSpread = sizeof(T) == 2 && C::kOrder == Order::kSpread;
-    Pack<T, 4> pack;
-#pragma unroll
-    for (int j = 0; j < 4; j++) pack.values[j] = from_float<T>(v[kIsSpread ? j / 2 + j % 2 * 2 : j]);
-    shared_cast<Pack<T, 4>>(staged + row * M::kStride + M::place_of(quad))[0] = pack;
-  }
-}
-
 // Of one row: the operands of steps `step` and `step` + 1 (an even number), k 4 t .. 4 t + 3 of each.
-template <typename M, typename T>
+template <typename T>
 __device__ __forceinline__ void load_quads(Quad<T> (&x)[2], Shared<T> row, int step, int t) {
   if constexpr (sizeof(T) == 2) {
-    const Words<T, 8> both = shared_cast<Words<T, 8>>(row + M::place_of(4 * step + t))[0];
+    const Words<T, 8> both = shared_cast<Words<T, 8>>(row + place_of_quad<T>(4 * step + t))[0];
 #pragma unroll
     for (int i = 0; i < 4; i++) x[i / 2].pairs[i % 2] = both.words[i];
   } else {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const Words<T, 4> one = shared_cast<Words<T, 4>>(row + M::place_of(4 * (step + half) + t))[0];
+      const Words<T, 4> one = shared_cast<Words<T, 4>>(row + place_of_quad<T>(4 * (step + half) + t))[0];
 #pragma unroll
       for (int i = 0; i < 4; i++) x[half].values[i] = float_of_bits(one.words[i]);
     }
@@ -234,24 +212,21 @@ __device__ __forceinline__ void sum_panel(const QuantizedParams& p, const uint8_
     const Shared<float> scratch = dynamic_shared<float>();
     p.x.is_aligned ? find_moments<true, T>(p.x, moments, scratch) : find_moments<false, T>(p.x, moments, scratch);
   }
-  // Lanes without a row of their own read the last one: the warp stays together for the product, and a row of X has a
-  // part in no sums but its own.
-  using Memory = FewRowsMemory<T, C, kTiles>;
-  const Shared<T> staged = dynamic_shared<T>() + warp * Memory::kWarpValues;
+  const typename QuantizedMemory<T, C, kTiles>::Staged staged;
   int own_rows[kTiles];
 #pragma unroll
-  for (int n = 0; n < kTiles; n++) own_rows[n] = (8 * n + g < p.x.m ? 8 * n + g : p.x.m - 1) * Memory::kStride;
+  for (int n = 0; n < kTiles; n++) own_rows[n] = staged.row_at(p.x, 8 * n + g);
 
   for (int span = first + warp; span < last; span += FewRows::kWarps) {
     SpanWords<C> words = next;
     if (span + FewRows::kWarps < last) load_span(next, p, panel, span + FewRows::kWarps, g, t);
-    stage_x<Memory, C>(p.x, span * C::kSpan, moments, staged);
-    __syncwarp();
+    staged.template stage<false, sizeof(T) == 2 && C::kOrder == Order::kSpread>(p.x, span * C::kSpan, moments,
+                                                                                place_of_quad<T>);
 #pragma unroll
     for (int u = 0; u < C::kLoads; u += C::kHasGroups ? 1 : 2) {
       Quad<T> x[kTiles][2];
 #pragma unroll
-      for (int n = 0; n < kTiles; n++) load_quads<Memory>(x[n], staged + own_rows[n], u * (C::kBlock / 16), t);
+      for (int n = 0; n < kTiles; n++) load_quads(x[n], staged.values + own_rows[n], u * (C::kBlock / 16), t);
       if constexpr (C::kHasGroups) {
         // This lane has rows 4 (g / 2) .. + 3 of step t + 4 (g % 2); it wants rows 2 g and 2 g + 1 of steps t and
         // t + 4.
@@ -307,7 +282,7 @@ __global__ void __launch_bounds__(FewRows::kThreads, sizeof(T) == 2 && kTiles ==
     quantized_few_rows_kernel(QuantizedParams p, Epilogue epilogue) {
   constexpr int kFeatures = C::kFeatures;
   const Shared<float> all_sums = dynamic_shared<float>();  // [warp][16 rows][32 features]
-  using Memory = FewRowsMemory<T, C, kTiles>;
+  using Memory = QuantizedMemory<T, C, kTiles>;
   const Shared<float> moments = dynamic_shared<float>(Memory::kMomentsOffset);
   const int thread = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.x / kWarpSize);
   const int g = static_cast<int>(threadIdx.x % kWarpSize / 4), t = static_cast<int>(threadIdx.x % 4);
@@ -384,7 +359,7 @@ void launch_quantized_few_rows(const char* name, const QuantizedParams& p, const
     launch(name, quantized_few_rows_kernel<T, C, kTiles, Epilogue>,
            {.blocks = {num_panels(p.x.n) * p.splits},
             .threads = FewRows::kThreads,
-            .shared_bytes = FewRowsMemory<T, C, kTiles>::kBytes,
+            .shared_bytes = QuantizedMemory<T, C, kTiles>::kBytes,
             .starts_before_previous = true},
            stream, p, epilogue);
   };
