@@ -27,14 +27,6 @@ struct Params {
   int splits;
 };
 
-__device__ __forceinline__ uint32_t bits_of(float x) {
-  union {
-    float value;
-    uint32_t bits;
-  } both = {x};
-  return both.bits;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads) choose_token_kernel(Params p) {
   const ChooseTokenArgs& args = p.args;
@@ -49,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) choose_token_kernel(Params p) {
   ScoreKey largest = 0;
 #pragma unroll 4
   for (int64_t i = first + thread; i < last; i += kThreads) {
-    const ScoreKey key = score_key(bits_of(to_float(scores[i])), i);
+    const ScoreKey key = score_key(bits_of_float(to_float(scores[i])), i);
     largest = key > largest ? key : largest;
   }
 #pragma unroll
