@@ -72,19 +72,23 @@ def test_any_order_has_the_same_bits(
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 128])
-@pytest.mark.parametrize(
-    "tokens, past, heads, kv_heads", [(64, 0, 4, 1), (43, 90, 6, 1), (130, 7, 2, 2), (300, 0, 1, 1)]
-)
+@pytest.mark.parametrize("tokens, past, heads, kv_heads", [(64, 0, 4, 1), (43, 90, 6, 1), (130, 7, 2, 2)])
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.float16])
 def test_blocks_of_128_rows(
-    ops: Ops, tokens: int, past: int, heads: int, kv_heads: int, head_dim: int, causal: bool, dtype: torch.dtype
+    ops: Ops, tokens: int, past: int, heads: int, kv_heads: int, head_dim: int, causal: bool, value_dtype: torch.dtype
 ) -> None:
-    """Where they are enough for the GPU: 16-bit types without a mask. Whatever the rest is, and with one too few."""
-    case = make(shapes.Attention(1, tokens, past, heads, kv_heads, head_dim), dtype)
-    check(ops, case, causal=causal)
-    assert ops.rows == (64 if dtype == torch.float32 else 128)
-    check(ops, case, causal=causal, num_multiprocessors=2)
-    assert ops.rows == 64
+    """Where they are enough for the GPU; whatever the rest is."""
+    check(ops, make(shapes.Attention(1, tokens, past, heads, kv_heads, head_dim), value_dtype), causal=causal)
+    assert ops.rows == 128
+
+
+def test_where_blocks_have_64_rows(ops: Ops, dtype: torch.dtype) -> None:
+    """Where 128 would be too few blocks for the GPU, and fp32."""
+    case = make(shapes.Attention(1, 130, 7, 2, 2, 64), dtype)
+    for multiprocessors in (1, 2):
+        check(ops, case, num_multiprocessors=multiprocessors)
+        assert ops.rows == (128 if dtype != torch.float32 and multiprocessors == 1 else 64)
 
 
 def test_blocks_of_128_rows_with_padding(ops: Ops, dtype: torch.dtype) -> None:
@@ -101,7 +105,7 @@ def test_blocks_of_128_rows_with_padding(ops: Ops, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("step", [0.02, 0.3, 3.0, -0.1])
-@pytest.mark.parametrize("tokens, heads, masked", [(1, 3, False), (30, 3, False), (80, 4, False), (30, 3, True)])
+@pytest.mark.parametrize("tokens, heads, masked", [(1, 3, False), (80, 4, False), (5, 4, True)])
 def test_scores_that_keep_rising(
     ops: Ops, step: float, tokens: int, heads: int, masked: bool, dtype: torch.dtype
 ) -> None:
