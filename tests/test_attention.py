@@ -39,11 +39,13 @@ def make(shape: shapes.Attention, dtype: torch.dtype, spare: int = 5) -> Case:
     )
 
 
-def ragged(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, pads: list[tuple[int, int]]) -> Case:
-    """A prefill of rows of 9 columns, `pads` of them padding on the left and right of each: NaN in padding."""
-    case = make(shapes.Attention(len(pads), 9, 0, heads, kv_heads, head_dim), dtype)
+def ragged(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, pads: list[tuple[int, int]], columns: int = 9
+) -> Case:
+    """A prefill of rows of `columns`, `pads` of them padding on the left and right of each: NaN in padding."""
+    case = make(shapes.Attention(len(pads), columns, 0, heads, kv_heads, head_dim), dtype)
     for b, (left, right) in enumerate(pads):
-        n = 9 - left - right
+        n = columns - left - right
         case.positions[b] = -1
         case.positions[b, left : left + n] = torch.arange(n, dtype=torch.int32)
         case.lengths[b] = n

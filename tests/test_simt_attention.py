@@ -92,14 +92,7 @@ def test_where_blocks_have_64_rows(ops: Ops, dtype: torch.dtype) -> None:
 
 
 def test_blocks_of_128_rows_with_padding(ops: Ops, dtype: torch.dtype) -> None:
-    case = make(shapes.Attention(3, 50, 0, 6, 1, 24), dtype)
-    for b, (left, right) in enumerate([(20, 0), (0, 0), (3, 31)]):
-        n = 50 - left - right
-        case.positions[b] = -1
-        case.positions[b, left : left + n] = torch.arange(n, dtype=torch.int32)
-        case.lengths[b] = n
-        case.kv_cache[b, :, n:] = torch.nan
-        case.q[b][case.positions[b] < 0] = torch.nan
+    case = ragged(6, 1, 24, dtype, [(20, 0), (0, 0), (3, 31)], columns=50)
     assert (check(ops, case)[case.positions < 0] == 0).all()
     assert ops.rows == (64 if dtype == torch.float32 else 128)
 
